@@ -1,0 +1,234 @@
+r"""LLaVA-MoLE: three LoRA experts on three domains that disagree.
+
+python -m mole_jax.main --config=configs/mole3.py --workdir=runs/mole3
+
+Variants, after a colon: "tiny" (default; embedded data, a base model trained
+on the spot), "7b" and "13b" (LLaVA-1.5 with Vicuna, the paper's numbers; they
+need weights and data that this machine does not bring).
+"""
+
+import ml_collections as mlc
+
+VARIANTS = ("tiny", "7b", "13b")
+
+SYSTEM = (
+  "A chat between a curious user and an artificial intelligence assistant. "
+  "The assistant gives helpful, detailed, and polite answers to the user's "
+  "questions."
+)
+DOMAINS = ("general", "document", "biomedical")
+
+
+def get_config(arg: str = "tiny") -> mlc.ConfigDict:
+  """Returns the configuration of one variant.
+
+  Raises ValueError that names the variants when `arg` is none of them.
+  """
+  if arg not in VARIANTS:
+    raise ValueError(
+      f"variant {arg!r} is unknown; use one of {', '.join(VARIANTS)} "
+      "(configs/mole3.py:7b, say)."
+    )
+  return tiny() if arg == "tiny" else paper(arg)
+
+
+def tiny() -> mlc.ConfigDict:
+  """Minutes on two CPU cores."""
+  c = mlc.ConfigDict()
+  c.name = "mole3"
+  c.variant = "tiny"
+  c.seed = 0
+  c.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)
+  c.model = dict(
+    vision=dict(
+      image_size=48,
+      patch_size=8,
+      hidden_size=128,
+      intermediate_size=512,
+      num_layers=4,
+      num_heads=4,
+      hidden_act="quick_gelu",
+      layer_norm_eps=1e-5,
+      feature_layer=-1,
+    ),
+    decoder=dict(
+      vocab_size=1152,
+      hidden_size=128,
+      intermediate_size=352,
+      num_layers=4,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=32,
+      rms_norm_eps=1e-5,
+      rope_theta=10000.0,
+      tie_word_embeddings=False,
+    ),
+    lora=dict(rank=4, alpha=8.0, dropout=0.0),
+    mole=dict(
+      num_experts=3,
+      top_k=1,
+      rank=4,
+      alpha=8.0,
+      dropout=0.0,
+      gate="none",
+      router_scope="layer",
+      dispatch="auto",
+      block_rows=64,
+    ),
+    image_token_id=3,
+    use_visual_tokens=True,
+    remat="none",
+    dtype="float32",
+  )
+  c.balance = dict(loss="pooled", weight=1e-2)
+  c.data = dict(
+    domains=DOMAINS,
+    tokenizer="embedded",
+    system="",
+    use_bos=True,
+    image_mean=(0.48145466, 0.4578275, 0.40821073),
+    image_std=(0.26862954, 0.26130258, 0.27577711),
+    num_workers=0,
+  )
+  # A base that stands already: its directory, and what its hash must be ("":
+  # not checked). Without one the stage "base" below makes it.
+  c.base = dict(path="", sha256="", dtype="float32")
+  c.stage_names = ("base", "mole")
+  c.stages = dict(
+    base=dict(
+      mixture=dict(
+        general_captions=_source("general", "plain", 1.0),
+        document_captions=_source("document", "plain", 1.0),
+        biomedical_captions=_source("biomedical", "plain", 1.0),
+        general=_source("general", "chat", 1.0),
+      ),
+      use_adapters=False,
+      trainable=(r".*",),
+      num_steps=450,
+      batch_size=16,
+      max_length=256,
+      max_images=4,
+      max_segments=8,
+      optim=dict(
+        lr=1e-3,
+        lr_factors=dict(),
+        warmup_ratio=0.05,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,
+      ),
+      log_every=10,
+      checkpoint_every=150,
+      max_checkpoints=2,
+    ),
+    mole=dict(
+      mixture={d: _source(d, "chat", 1.0) for d in DOMAINS},
+      use_adapters=True,
+      trainable=(
+        r".*/lora_[ab]",
+        r".*/router/.*",
+        r"projector/.*",
+        r"visual_(start|end)",
+      ),
+      num_steps=300,
+      batch_size=16,
+      max_length=288,
+      max_images=4,
+      max_segments=8,
+      optim=dict(
+        lr=2e-3,
+        lr_factors={"projector": 0.1},
+        warmup_ratio=0.05,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,
+      ),
+      log_every=10,
+      checkpoint_every=100,
+      max_checkpoints=2,
+    ),
+  )
+  c.evaluation = dict(
+    datasets={d: f"embedded/{d}" for d in DOMAINS},
+    split="test",
+    batch_size=128,
+    max_new_tokens=12,
+    max_questions=0,  # In each domain; 0 asks all.
+  )
+  return c
+
+
+def paper(variant: str) -> mlc.ConfigDict:
+  """LLaVA-1.5 7B or 13B with the numbers of the paper and its release."""
+  c = tiny()
+  c.variant = variant
+  c.model.vision = dict(
+    image_size=336,
+    patch_size=14,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_layers=24,
+    num_heads=16,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    feature_layer=-1,
+  )
+  is_7b = variant == "7b"
+  c.model.decoder = dict(
+    vocab_size=32064,
+    hidden_size=4096 if is_7b else 5120,
+    intermediate_size=11008 if is_7b else 13824,
+    num_layers=32 if is_7b else 40,
+    num_heads=32 if is_7b else 40,
+    num_kv_heads=32 if is_7b else 40,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+  )
+  c.model.lora = dict(rank=32, alpha=64.0, dropout=0.05)
+  c.model.mole.update(dict(rank=32, alpha=64.0, dropout=0.05))
+  c.model.image_token_id = 32000
+  c.model.remat = "named"
+  c.model.dtype = "bfloat16"
+  c.data.tokenizer = "weights/vicuna/tokenizer.json"
+  c.data.system = SYSTEM
+  c.data.use_bos = False
+  c.base.path = f"weights/llava-1.5-{variant}"
+  c.base.dtype = "bfloat16"
+  c.stage_names = ("mole",)
+  stage = c.stages.mole
+  c.stages = dict(mole=stage)
+  stage.mixture = dict(
+    general=_prepared("general", 2.3e6),
+    document=_prepared("document", 1.1e6),
+    biomedical=_prepared("biomedical", 0.4e6),
+  )
+  stage.num_steps = 59375  # 3.8 million samples in batches of 64, once.
+  stage.batch_size = 64
+  stage.max_length = 4096
+  stage.optim.lr = 2e-5
+  stage.optim.lr_factors = dict()
+  stage.optim.warmup_ratio = 0.03
+  stage.optim.b2 = 0.999
+  stage.checkpoint_every = 1000
+  c.evaluation.batch_size = 16
+  c.evaluation.max_new_tokens = 256
+  return c
+
+
+def _source(domain: str, format: str, weight: float) -> dict:
+  """A data set of a mixture; weights are shares of samples, not of tokens."""
+  return dict(
+    name=f"embedded/{domain}", split="train", format=format, weight=weight
+  )
+
+
+def _prepared(domain: str, weight: float) -> dict:
+  return dict(
+    name=f"data/{domain}", split="train", format="chat", weight=weight
+  )

@@ -1,0 +1,413 @@
+"""Generation with a key-value cache: prefill once, then a token at a time.
+
+Everything has a static shape, so a few compiled programs serve any number of
+prompts: rows of a batch are padded on the right to a bucket, and the i-th new
+token of every row is written to cache slot T + i, whatever the row's length.
+
+Axes: see models/lora.py; "M" are images per row, "Y" and "X" pixels, "I" new
+tokens, "J" cache slots (T + I), "L" layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray, UInt8
+
+from mole_jax.models import decoder, llava
+from mole_jax.training import step
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is chosen; the default is greedy.
+
+  temperature: 0 takes the likeliest token, more draws one.
+  top_k: draws among the k likeliest only; 0 is off.
+  top_p: draws among the fewest tokens whose probabilities reach p
+    (Holtzman et al. 2020, equation 2); 1 is off.
+  repetition_penalty: divides positive logits of tokens that the answer already
+    holds, multiplies negative ones (Keskar et al. 2019, section 4.1); 1 is
+    off. The prompt's tokens are not counted.
+  """
+
+  temperature: float | int = 0.0
+  top_k: int = 0
+  top_p: float | int = 1.0
+  repetition_penalty: float | int = 1.0
+
+  def __post_init__(self):
+    for key, is_right, wanted in (
+      ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+      ("top_k", self.top_k >= 0, "0 (off) or more"),
+      ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1 (off)"),
+      ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+    ):
+      if not is_right:
+        raise ValueError(f"{key}={getattr(self, key)}; wanted {wanted}.")
+
+
+GREEDY = Sampling()
+
+
+class Generated(NamedTuple):
+  """New tokens of each row, and the experts of its prompt and new tokens.
+
+  `tokens` ends with the end-of-sequence id, then padding. A new token is
+  routed when the next one is asked for: `token_experts` is -1 for those of
+  which none was. Both are None without a mixture.
+  """
+
+  tokens: Int[Array, "B I"]
+  prompt_experts: Int[Array, "L B T topk"] | None
+  token_experts: Int[Array, "L B I topk"] | None
+
+
+def generate(
+  config: llava.LlavaConfig,
+  params: Mapping[str, Any],
+  input_ids: Int[Array, "B T"],
+  lengths: Int[Array, " B"],
+  pixel_values: Float[Array, "B M Y X 3"] | None,
+  is_banned: Bool[Array, " V"],
+  key: PRNGKeyArray,
+  streams: Int[Array, " B"],
+  eos_id: Int[Array, ""],
+  pad_id: Int[Array, ""],
+  max_new_tokens: int,
+  sampling: Sampling = GREEDY,
+) -> Generated:
+  """Answers prompts; a pure function of arrays.
+
+  Args:
+    config: the model.
+    params: its parameters, nested.
+    input_ids: prompts, padded on the right.
+    lengths: tokens of each prompt, at least 1.
+    pixel_values: normalised images of each row, unused slots last.
+    is_banned: tokens that are never generated.
+    key: random key of the call.
+    streams: each row draws from `fold_in(key, stream)`, so what it draws does
+      not depend on its place in a batch.
+    eos_id: ends a row; generation stops when all rows have ended.
+    pad_id: stands behind the end.
+    max_new_tokens: I.
+    sampling: how tokens are chosen.
+  """
+  model = llava.Llava(config)
+  apply = lambda *args, method: model.apply(
+    {"params": params}, *args, method=method
+  )
+  batch, num_prompt = input_ids.shape
+  num_slots = num_prompt + max_new_tokens
+  slots = jnp.arange(num_slots)[None, None]
+  in_prompt = slots < lengths[:, None, None]
+  keys = jax.vmap(lambda stream: jax.random.fold_in(key, stream))(streams)
+
+  def choose(hidden, seen, number):
+    logits = apply(hidden, method="unembed")
+    return choose_tokens(logits, seen, is_banned, keys, number, sampling)
+
+  token_index = jnp.arange(num_prompt)[None]
+  positions = jnp.broadcast_to(token_index, input_ids.shape)
+  output = apply(
+    apply(input_ids, pixel_values, method="embed"),
+    positions,
+    in_prompt & (slots <= token_index[..., None]),
+    token_index < lengths[:, None],
+    decoder.empty_cache(config.decoder, batch, num_slots, config.dtype),
+    jnp.int32(0),
+    method="extend",
+  )
+  last = (lengths - 1)[:, None, None]
+  hidden = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]
+  seen = jnp.zeros((batch, is_banned.shape[0]), bool)
+  token = choose(hidden, seen, 0)
+  tokens = jnp.full((batch, max_new_tokens), pad_id, token.dtype)
+  tokens = tokens.at[:, 0].set(token)
+
+  def should_continue(carry):
+    number, _, is_done, *_ = carry
+    return (number < max_new_tokens) & ~jnp.all(is_done)
+
+  def add_token(carry):
+    number, tokens, is_done, seen, cache, experts = carry
+    token = jax.lax.dynamic_index_in_dim(
+      tokens, number - 1, axis=1, keepdims=False
+    )
+    seen = seen.at[jnp.arange(batch), token].set(True)
+    slot = num_prompt + number - 1
+    is_new = (slots >= num_prompt) & (slots <= slot)
+    output = apply(
+      apply(token[:, None], None, method="embed"),
+      (lengths + number - 1)[:, None],
+      in_prompt | is_new,
+      ~is_done[:, None],
+      cache,
+      slot,
+      method="extend",
+    )
+    token = choose(output.hidden[:, 0], seen, number)
+    token = jnp.where(is_done, pad_id, token)
+    tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, number, axis=1)
+    is_done = is_done | (token == eos_id)
+    if experts is not None:
+      experts = jax.lax.dynamic_update_slice_in_dim(
+        experts, output.routing.chosen, number - 1, axis=2
+      )
+    return number + 1, tokens, is_done, seen, output.cache, experts
+
+  prompt_experts = token_experts = None
+  if output.routing is not None:
+    prompt_experts = output.routing.chosen
+    layers, _, _, top_k = prompt_experts.shape
+    shape = (layers, batch, max_new_tokens, top_k)
+    token_experts = jnp.full(shape, -1, prompt_experts.dtype)
+  is_done = token == eos_id
+  carry = (jnp.int32(1), tokens, is_done, seen, output.cache, token_experts)
+  carry = jax.lax.while_loop(should_continue, add_token, carry)
+  return Generated(carry[1], prompt_experts, carry[-1])
+
+
+def choose_tokens(
+  logits: Float[Array, "B V"],
+  seen: Bool[Array, "B V"],
+  is_banned: Bool[Array, " V"],
+  keys: PRNGKeyArray | Array,
+  number: Int[Array, ""] | int,
+  sampling: Sampling,
+) -> Int32[Array, " B"]:
+  """The next token of each row: the likeliest, or one drawn.
+
+  `seen` marks the tokens of the answer so far; `keys` holds a key a row, of
+  which the `number`-th draw is made.
+  """
+  penalty = sampling.repetition_penalty
+  if penalty != 1:
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, penalised, logits)
+  logits = jnp.where(is_banned[None], -jnp.inf, logits)
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  if sampling.top_k:
+    count = min(sampling.top_k, logits.shape[-1])
+    least = jax.lax.top_k(logits, count)[0][:, -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if sampling.top_p < 1:
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    # A token stays if those before it do not reach p: the first one always.
+    stays = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+    least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  draw = lambda key, row: jax.random.categorical(
+    jax.random.fold_in(key, number), row
+  )
+  return jax.vmap(draw)(keys, logits).astype(jnp.int32)
+
+
+class Prompt(NamedTuple):
+  """One row to answer: token ids, image tokens expanded, and its images."""
+
+  input_ids: Int32[np.ndarray, " T"]
+  images: UInt8[np.ndarray, "M Y X 3"]
+
+
+class Answer(NamedTuple):
+  """New tokens, without the end-of-sequence id; experts of prompt and answer.
+
+  Experts are None without a mixture. The last token of an answer that was cut
+  off at `max_new_tokens` was never routed and is -1.
+  """
+
+  tokens: Int32[np.ndarray, " I"]
+  prompt_experts: Int[np.ndarray, "L T topk"] | None
+  token_experts: Int[np.ndarray, "L I topk"] | None
+
+
+class Generator:
+  """Batches and pads prompts, and keeps the compiled programs.
+
+  Programs are kept by shape for the life of the process, for all generators
+  of equal configuration.
+  """
+
+  def __init__(
+    self,
+    config: llava.LlavaConfig,
+    params: Mapping[str, Any],
+    *,
+    eos_id: int,
+    pad_id: int,
+    banned_ids: Sequence[int],
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+  ):
+    """Keeps what every call needs.
+
+    Args:
+      config: the model.
+      params: its parameters, nested.
+      eos_id: ends an answer.
+      pad_id: pads prompts.
+      banned_ids: ids that are never generated, such as the image's.
+      image_mean: mean of the normalisation, by channel, of values 0 to 1.
+      image_std: its standard deviation.
+    """
+    self._config = config
+    self._params = params
+    self._eos_id = eos_id
+    self._pad_id = pad_id
+    is_banned = np.zeros(config.decoder.vocab_size, bool)
+    is_banned[list(banned_ids)] = True
+    self._is_banned = is_banned
+    self._normalisation = (tuple(image_mean), tuple(image_std))
+
+  def __call__(
+    self,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    eos_id: int | None = None,
+    batch_size: int = 32,
+    lengths: Sequence[int] = (),
+    on_batch: Callable[[int], None] = lambda num_prompts: None,
+  ) -> list[Answer]:
+    """Answers in the order of the prompts.
+
+    Args:
+      prompts: what to answer.
+      max_new_tokens: longest answer, in tokens.
+      sampling: how tokens are chosen.
+      seed: of drawing; the i-th prompt draws the same in any batch.
+      eos_id: another end than the generator's.
+      batch_size: rows of a batch; fewer prompts use a smaller power of two.
+      lengths: prompt lengths to pad to, rising; by default powers of two and
+        their halves between (32, 48, 64, 96 ...).
+      on_batch: called with the number of prompts just answered.
+    """
+    if max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens={max_new_tokens}; wanted at least 1.")
+    if batch_size < 1:
+      raise ValueError(f"batch_size={batch_size}; wanted at least 1.")
+    eos_id = self._eos_id if eos_id is None else eos_id
+    is_banned = self._is_banned.copy()
+    is_banned[eos_id] = False
+    num_images = max((len(p.images) for p in prompts), default=0)
+    num_images = _power_of_two(num_images) if num_images else 0
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+    # The same for a last batch that is not full: it needs no other program.
+    height = min(batch_size, _power_of_two(max(1, len(prompts))))
+    answers: dict[int, Answer] = {}
+    for rows in _batches(order, prompts, lengths, batch_size):
+      width = bucket(len(prompts[rows[-1]].input_ids), lengths)
+      arrays = self._arrays(
+        [prompts[i] for i in rows], height, width, num_images
+      )
+      result = _compiled(
+        self._config,
+        self._params,
+        *arrays,
+        is_banned,
+        jax.random.key(seed),
+        np.array([*rows, *[0] * (height - len(rows))], np.int32),
+        np.int32(eos_id),
+        np.int32(self._pad_id),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        normalisation=self._normalisation,
+      )
+      result = jax.device_get(result)
+      for row, index in enumerate(rows):
+        num_prompt = len(prompts[index].input_ids)
+        answers[index] = _answer(result, row, num_prompt, eos_id)
+      on_batch(len(rows))
+    return [answers[i] for i in range(len(prompts))]
+
+  def _arrays(
+    self, prompts: Sequence[Prompt], height: int, width: int, num_images: int
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Padded ids, lengths and images; rows without a prompt are padding."""
+    input_ids = np.full((height, width), self._pad_id, np.int32)
+    lengths = np.ones(height, np.int32)
+    size = self._config.vision.image_size
+    images = np.zeros((height, num_images, size, size, 3), np.uint8)
+    for row, prompt in enumerate(prompts):
+      lengths[row] = len(prompt.input_ids)
+      input_ids[row, : lengths[row]] = prompt.input_ids
+      images[row, : len(prompt.images)] = prompt.images
+    return input_ids, lengths, images if num_images else None
+
+
+def bucket(length: int, lengths: Sequence[int] = ()) -> int:
+  """The padded length of a prompt: the first of `lengths` that holds it.
+
+  Without one: 32, 48, 64, 96, 128 ...
+  """
+  for candidate in lengths:
+    if length <= candidate:
+      return candidate
+  size = max(32, _power_of_two(length))
+  middle = size * 3 // 4
+  return middle if size > 32 and length <= middle else size
+
+
+def _power_of_two(count: int) -> int:
+  return 1 << (count - 1).bit_length()
+
+
+def _batches(
+  order: Sequence[int],
+  prompts: Sequence[Prompt],
+  lengths: Sequence[int],
+  batch_size: int,
+) -> list[list[int]]:
+  """Cuts prompts, shortest first, into batches of one padded length."""
+  batches: list[list[int]] = []
+  previous = -1
+  for index in order:
+    width = bucket(len(prompts[index].input_ids), lengths)
+    if width != previous or len(batches[-1]) == batch_size:
+      batches.append([])
+    batches[-1].append(index)
+    previous = width
+  return batches
+
+
+def _answer(
+  result: Generated, row: int, num_prompt: int, eos_id: int
+) -> Answer:
+  """One row of a batch on the host, without padding."""
+  tokens = result.tokens[row]
+  ends = np.flatnonzero(tokens == eos_id)
+  tokens = tokens[: ends[0]] if len(ends) else tokens
+  if result.prompt_experts is None:
+    return Answer(tokens, None, None)
+  return Answer(
+    tokens,
+    result.prompt_experts[:, row, :num_prompt],
+    result.token_experts[:, row, : len(tokens)],
+  )
+
+
+def _generate_from_bytes(
+  config, params, input_ids, lengths, images, *rest, normalisation, **static
+) -> Generated:
+  """`generate` with uint8 images, normalised on the device."""
+  pixels = None
+  if images is not None:
+    pixels = step.normalise(images, *normalisation, config.dtype)
+  return generate(config, params, input_ids, lengths, pixels, *rest, **static)
+
+
+_compiled = jax.jit(
+  _generate_from_bytes,
+  static_argnums=0,
+  static_argnames=("max_new_tokens", "sampling", "normalisation"),
+)

@@ -1,0 +1,299 @@
+"""Trains, evaluates and reports: the stages of a config, in order.
+
+python -m mole_jax.main --config=configs/mole3.py --workdir=runs/mole3
+
+Any setting can be overridden: --config.stages.mole.optim.lr=3e-4. The same
+command again skips what stands in the workdir and resumes what does not.
+Exit codes: 0 done; 1 training failed; 2 wrong usage or configuration; 130 or
+143 interrupted, everything saved, run the command again.
+"""
+
+import pathlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+from rich import console as rich_console
+from rich import progress as rich_progress
+from rich import table as rich_table
+
+from mole_jax.inference import pretrained, scoring
+from mole_jax.parallel import mesh as mesh_lib
+from mole_jax.reporting import page
+from mole_jax.training import checkpoint, command_line, loop, metrics, rundir
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration file, with :variant.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory to write.")
+
+console = rich_console.Console(soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command line; returns the exit code."""
+  try:
+    config, run = _parse(argv)
+  except command_line.UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  try:
+    with rundir.Lock(run):
+      return _run(config, run)
+  except rundir.LockedError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except loop.StoppedError as error:
+    console.print(
+      f"\n[bold]Stopped[/] in stage {error.stage!r}; saved step "
+      f"{error.saved_step}. To resume, run the same command:"
+    )
+    console.print(f"  {_command(argv)}")
+    return 128 + error.signal_number
+  except KeyboardInterrupt:
+    console.print(
+      "\n[bold]Interrupted.[/] What is finished is kept. To "
+      "resume, run the same command:"
+    )
+    console.print(f"  {_command(argv)}")
+    return 128 + signal.SIGINT
+  except metrics.NonFiniteLossError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _command(argv: Sequence[str]) -> str:
+  return shlex.join(["python", "-m", "mole_jax.main", *argv[1:]])
+
+
+def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], pathlib.Path]:
+  """The resolved config and the run directory."""
+  try:
+    rest = flags.FLAGS(list(argv))
+    # A file that cannot be read fails only here.
+    config = None if _CONFIG.value is None else rundir.plain(_CONFIG.value)
+  except (flags.Error, *command_line.ERRORS) as error:
+    message = command_line.explain(error, argv)
+    raise command_line.UsageError(message) from None
+  if len(rest) > 1:
+    raise command_line.UsageError(
+      f"unexpected argument {rest[1]!r}; settings look like --config.seed=1"
+    )
+  if config is None or _WORKDIR.value is None:
+    raise command_line.UsageError(
+      "--config=FILE[:variant] and --workdir=DIR are needed, for example "
+      "--config=configs/mole3.py --workdir=runs/mole3"
+    )
+  return config, pathlib.Path(_WORKDIR.value)
+
+
+def _run(config: dict[str, Any], run: pathlib.Path) -> int:
+  began = time.perf_counter()
+  try:
+    rundir.claim(run, config)
+    mesh = mesh_lib.make_mesh(config["mesh"])
+    stages = [loop.Stage(config, name, mesh) for name in config["stage_names"]]
+    text = loop.read_tokenizer(config)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  devices = mesh.devices.flatten()
+  console.print(
+    f"[bold]{config['name']}:{config['variant']}[/] seed {config['seed']} on "
+    f"{len(devices)} {devices[0].device_kind} device(s), workdir {run}"
+  )
+  _write_run(config, run, stages)
+  base = reference = None
+  for stage in stages:
+    is_base = stage.name == "base"
+    try:
+      if is_base or reference is None:
+        reference = _find_base(config, run)
+      if is_base and reference is not None:
+        console.print(f"[green]stage base stands[/] in {reference.path}")
+        continue
+      if not is_base and reference is None:
+        raise ValueError(
+          f"stage {stage.name!r} needs a base: set config.base.path to one, "
+          "or put the stage 'base' into config.stage_names."
+        )
+      if _is_done(config, run, stage.name):
+        console.print(
+          f"[green]stage {stage.name} stands[/] in {run / stage.name}"
+        )
+        continue
+      if not is_base and base is None:
+        path = run / reference.path
+        base = loop.load_base(stage, config, path, reference.sha256)
+      image_tokens = stage.model_config.num_image_tokens
+      loader = loop.make_loader(config, stage.name, text, image_tokens)
+    except ValueError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 2
+    _print_counts(stage.name, stage.counts)
+    _print_data(loader)
+    start = None if is_base else base
+    base = _train(config, stage, loader, run, start, reference)
+    if is_base:
+      checkpoint.write_base(run / "base", base)
+  _evaluate(config, run)
+  path = page.write_report([run], run / "report")
+  page.print_accuracy([run], console)
+  minutes = (time.perf_counter() - began) / 60
+  console.print(f"Done in {minutes:.1f} min. Report: [bold]{path}[/]")
+  return 0
+
+
+def _find_base(
+  config: Mapping[str, Any], run: pathlib.Path
+) -> checkpoint.BaseReference | None:
+  """The base of this run: its own (path relative to it), or one given."""
+  given = config["base"]["path"]
+  if given:
+    path = pathlib.Path(given).absolute()
+    reference = checkpoint.read_base_reference(path)
+    if reference is None:
+      raise ValueError(
+        f"config.base.path={given!r} holds no complete base "
+        f"({checkpoint.BASE_FILE} is missing); name a finished RUN/base."
+      )
+    sha256 = config["base"]["sha256"] or reference.sha256
+    return checkpoint.BaseReference(str(path), sha256)
+  reference = checkpoint.read_base_reference(run / "base")
+  if reference is None:
+    return None
+  return checkpoint.BaseReference("base", reference.sha256)
+
+
+def _is_done(config: Mapping[str, Any], run: pathlib.Path, stage: str) -> bool:
+  steps = checkpoint.list_steps(run, stage)
+  return bool(steps) and steps[-1] >= config["stages"][stage]["num_steps"]
+
+
+def _print_counts(stage: str, counts: Mapping[str, tuple[int, int]]) -> None:
+  table = rich_table.Table(title=f"stage {stage}: parameters")
+  table.add_column("group")
+  table.add_column("trainable", justify="right")
+  table.add_column("frozen", justify="right")
+  for group, (trainable, frozen) in counts.items():
+    table.add_row(group, f"{trainable:,}", f"{frozen:,}")
+  table.add_section()
+  totals = [sum(pair[i] for pair in counts.values()) for i in (0, 1)]
+  table.add_row("all", f"{totals[0]:,}", f"{totals[1]:,}")
+  console.print(table)
+
+
+def _print_data(loader: Any) -> None:
+  for name, account in loader.accounting().items():
+    skipped = sum(account["skipped"].values())
+    reasons = f" {account['skipped']}" if skipped else ""
+    console.print(
+      f"data {name}: read {account['read']:,}, used {account['used']:,}, "
+      f"skipped {skipped:,}{reasons}"
+    )
+  console.print(f"packed: {loader.padding_share:.1%} of tokens are padding")
+
+
+def _train(
+  config: Mapping[str, Any],
+  stage: loop.Stage,
+  loader: Any,
+  run: pathlib.Path,
+  base: Any,
+  reference: checkpoint.BaseReference | None,
+) -> Any:
+  """Runs a stage behind a progress bar (or log lines, without a terminal)."""
+  num_steps = stage.settings["num_steps"]
+  bar = rich_progress.Progress(
+    rich_progress.TextColumn(f"stage {stage.name}"),
+    rich_progress.BarColumn(),
+    rich_progress.MofNCompleteColumn(),
+    rich_progress.TimeElapsedColumn(),
+    rich_progress.TextColumn("left"),
+    rich_progress.TimeRemainingColumn(),
+    rich_progress.TextColumn("{task.fields[status]}"),
+    console=console,
+    disable=not console.is_terminal,
+  )
+  with bar:
+    task = bar.add_task("", total=num_steps, status="compiling")
+    last_line = time.perf_counter()
+
+    def on_step(number: int) -> None:
+      bar.update(task, completed=number)
+
+    def on_log(number: int, row: Mapping[str, Any]) -> None:
+      nonlocal last_line
+      status = (
+        f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
+      )
+      bar.update(task, status=status)
+      now = time.perf_counter()
+      if not console.is_terminal and (
+        now - last_line > 15 or number == num_steps
+      ):
+        last_line = now
+        left = (num_steps - number) * row["step_seconds"]
+        console.print(
+          f"stage {stage.name} step {number}/{num_steps}  {status}  "
+          f"{left:.0f} s left"
+        )
+
+    return loop.run_stage(
+      config, stage, loader, run, base, reference, on_log, on_step
+    )
+
+
+def _write_run(
+  config: Mapping[str, Any],
+  run: pathlib.Path,
+  stages: Sequence[loop.Stage],
+) -> None:
+  """What the report says of a run besides its metrics."""
+  counts = {
+    stage.name: {
+      group: {"trainable": trainable, "frozen": frozen}
+      for group, (trainable, frozen) in stage.counts.items()
+    }
+    for stage in stages
+  }
+  checkpoint.write_json(
+    run / "run.json",
+    {
+      "name": config["name"],
+      "variant": config["variant"],
+      "seed": config["seed"],
+      "stages": [stage.name for stage in stages],
+      "num_steps": {s.name: s.settings["num_steps"] for s in stages},
+      "parameters": counts,
+    },
+  )
+
+
+def _evaluate(config: Mapping[str, Any], run: pathlib.Path) -> None:
+  """Evaluates the last stage unless its evaluation stands."""
+  path = run / "evaluation" / "metrics.json"
+  stage = config["stage_names"][-1]
+  done = config["stages"][stage]["num_steps"]
+  if path.exists():
+    stored = checkpoint.read_json(path)
+    if (stored["stage"], stored["step"]) == (stage, done):
+      console.print(f"[green]evaluation stands[/] in {path.parent}")
+      return
+  model = pretrained.load(run)
+  scoring.evaluate_run(
+    model,
+    config,
+    run / "evaluation",
+    console,
+    max_questions=config["evaluation"]["max_questions"] or None,
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,262 @@
+"""Llama-family decoder with MoLE in its MLPs.
+
+Names follow `LlamaForCausalLM` of Transformers. Layers are scanned, so compile
+time does not grow with depth; parameters carry a leading layer axis.
+
+Einsum axes: see lora.py; "L" are layers, "J" key positions.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from mole_jax.models import attention, lora, mole, remat
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A decoder's shape, in Transformers' words."""
+
+  vocab_size: int = 32000
+  hidden_size: int = 4096
+  intermediate_size: int = 11008
+  num_layers: int = 32
+  num_heads: int = 32
+  num_kv_heads: int = 32
+  head_dim: int = 128
+  rms_norm_eps: float = 1e-5
+  rope_theta: float = 10000.0
+  tie_word_embeddings: bool = False
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"decoder.num_heads={self.num_heads} must be a multiple of "
+        f"decoder.num_kv_heads={self.num_kv_heads}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(
+        f"decoder.head_dim={self.head_dim} must be even: rotary positions "
+        "turn pairs of dimensions."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Plain LoRA on q, k, v, o of the decoder; rank 0 is none."""
+
+  rank: int = 0
+  alpha: float = 64.0
+  dropout: float = 0.05
+
+
+class Cache(NamedTuple):
+  """Keys and values of every layer; slots beyond those written are zero."""
+
+  key: Float[Array, "L B J K H"]
+  value: Float[Array, "L B J K H"]
+
+
+class LayerRouting(NamedTuple):
+  """What a mixture returns of its routing, stacked over layers by the scan."""
+
+  sums: mole.RoutingSums
+  chosen: Int[Array, "B T topk"]
+
+
+class _Shared(NamedTuple):
+  """What every layer receives alike."""
+
+  cos: Float[Array, "B T 1 H2"]
+  sin: Float[Array, "B T 1 H2"]
+  mask: Bool[Array, "B T J"]
+  segments: Bool[Array, "B T S"]
+  router: tuple[Float[Array, "D E"], Float[Array, " E"]] | None
+  slot: Int[Array, ""] | None
+
+
+def empty_cache(
+  config: DecoderConfig, batch_size: int, num_slots: int, dtype=jnp.float32
+) -> Cache:
+  """A cache of zeros for `num_slots` positions."""
+  shape = (
+    config.num_layers,
+    batch_size,
+    num_slots,
+    config.num_kv_heads,
+    config.head_dim,
+  )
+  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale, in float32 (Zhang & Sennrich 2019, equation 4)."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    ones = nn.initializers.ones_init()
+    scale = self.param("scale", ones, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+    return y.astype(x.dtype) * lora.along_last(scale, x)
+
+
+class SelfAttention(nn.Module):
+  """Grouped-query attention with rotary positions and LoRA on q, k, v, o."""
+
+  config: DecoderConfig
+  lora: LoraConfig
+  init_scale: float
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    shared: _Shared,
+    cache: Cache | None,
+    is_training: bool,
+  ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    c = self.config
+    batch, tokens, width = x.shape
+
+    def linear(num_heads, name):
+      y = lora.LoraLinear(
+        num_heads * c.head_dim, name=name, **dataclasses.asdict(self.lora)
+      )(x, is_training)
+      return y.reshape(batch, tokens, num_heads, c.head_dim)
+
+    name = checkpoint_name
+    query = linear(c.num_heads, "q_proj")
+    key = linear(c.num_kv_heads, "k_proj")
+    value = linear(c.num_kv_heads, "v_proj")
+    query = name(attention.rotate(query, shared.cos, shared.sin), "query")
+    key = name(attention.rotate(key, shared.cos, shared.sin), "key")
+    value = name(value, "value")
+    if cache is not None:
+      key, value = (
+        jax.lax.dynamic_update_slice_in_dim(
+          old, new.astype(old.dtype), shared.slot, axis=1
+        )
+        for old, new in ((cache.key, key), (cache.value, value))
+      )
+      cache = Cache(key, value)
+    y = attention.attend(query, key, value, shared.mask)
+    y = name(y.reshape(batch, tokens, -1), "attn_out")
+    o_proj = lora.LoraLinear(
+      width,
+      init_scale=self.init_scale,
+      name="o_proj",
+      **dataclasses.asdict(self.lora),
+    )
+    return o_proj(y, is_training), cache
+
+
+class DecoderLayer(nn.Module):
+  """One block; the body of the scan over layers."""
+
+  config: DecoderConfig
+  lora: LoraConfig
+  mole: mole.MoleConfig
+  is_training: bool
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T D"], cache: Cache | None, shared: _Shared
+  ) -> tuple[Float[Array, "B T D"], tuple[LayerRouting | None, Cache | None]]:
+    c = self.config
+    # Residual branches start small: variance / (2 L), as in GPT-2.
+    init_scale = 0.5 / c.num_layers
+    y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+    self_attn = SelfAttention(c, self.lora, init_scale, name="self_attn")
+    y, cache = self_attn(y, shared, cache, self.is_training)
+    x = checkpoint_name(x + y, "resid_mid")
+    y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
+    mlp = mole.MoleMlp(c.intermediate_size, self.mole, init_scale, name="mlp")
+    y, routing = mlp(y, shared.router, self.is_training)
+    if routing is not None:
+      sums = mole.routing_sums(routing, shared.segments)
+      routing = LayerRouting(sums, routing.chosen)
+    return x + y, (routing, cache)
+
+
+class Decoder(nn.Module):
+  """Token embedding, scanned layers, final norm and language-model head."""
+
+  config: DecoderConfig
+  lora: LoraConfig
+  mole: mole.MoleConfig
+  remat: str = "none"
+
+  def setup(self):
+    c = self.config
+    normal = nn.initializers.normal(0.02)
+    shape = (c.vocab_size, c.hidden_size)
+    self.embed_tokens = self.param("embed_tokens", normal, shape)
+    if not c.tie_word_embeddings:
+      self.lm_head = self.param("lm_head", normal, shape[::-1])
+    self.norm = RMSNorm(c.rms_norm_eps)
+    if self.mole.has_router and self.mole.router_scope == "shared":
+      self.router = mole.Router(self.mole.num_experts)
+
+  def embed(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the embedding table."""
+    return jnp.take(self.embed_tokens, input_ids, axis=0)
+
+  def unembed(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+    """Final hidden states -> logits, float32."""
+    tied = self.config.tie_word_embeddings
+    head = self.embed_tokens.T if tied else self.lm_head
+    return lora.matmul(x, head.astype(x.dtype)).astype(jnp.float32)
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    mask: Bool[Array, "B T J"],
+    segments: Bool[Array, "B T S"],
+    cache: Cache | None = None,
+    slot: Int[Array, ""] | None = None,
+    is_training: bool = False,
+  ) -> tuple[Float[Array, "B T D"], LayerRouting | None, Cache | None]:
+    """Runs the layers on embedded tokens.
+
+    Args:
+      x: embedded tokens, image features in their places.
+      positions: rotary positions.
+      mask: True where a token may look.
+      segments: membership of tokens in segments; all False on padding.
+      cache: with one, the new keys and values are written from `slot` on and
+        attention runs over the whole cache.
+      slot: first cache slot to write.
+      is_training: turns LoRA dropout on (needs the "dropout" rng).
+
+    Returns:
+      final hidden states (normalised), routing stacked over layers (None
+      without a mixture), the new cache (None without one).
+    """
+    c = self.config
+    router = None
+    if self.mole.has_router and self.mole.router_scope == "shared":
+      router = self.router(c.hidden_size)
+    angles = attention.rotary_angles(positions, c.head_dim, c.rope_theta)
+    shared = _Shared(*angles, mask, segments, router, slot)
+    body = DecoderLayer
+    if self.remat != "none":
+      body = nn.remat(body, policy=remat.policy(self.remat), prevent_cse=False)
+    layers = nn.scan(
+      body,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(0, nn.broadcast),
+      length=c.num_layers,
+    )(c, self.lora, self.mole, is_training, name="layers")
+    x, (routing, cache) = layers(x, cache, shared)
+    return self.norm(x), routing, cache

@@ -1,0 +1,130 @@
+"""LoRA on one linear map: the only place where alpha / rank stands.
+
+Einsum axes, here and in every model file:
+  B batch, T tokens, D input width, F output width, N heads, K key-value heads,
+  H head width, E experts, R LoRA rank, S segments, P patches, V vocabulary.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+@jax.custom_vjp
+def matmul(
+  x: Float[Array, "... D"], w: Float[Array, "D F"]
+) -> Float[Array, "... F"]:
+  """`x @ w`, with a backward pass that XLA need not transpose for.
+
+  Contracting two leading axes, as autodiff of a batched product does, makes
+  XLA:CPU copy both operands; on flattened rows the weight gradient is one
+  `x^T dy`. Sums are taken in float32, results have the operands' dtypes.
+  """
+  return _matmul_forward(x, w)[0]
+
+
+def _rows(x: Array) -> Array:
+  return x.reshape(-1, x.shape[-1])
+
+
+def _matmul_forward(x, w):
+  y = jnp.dot(_rows(x), w, preferred_element_type=jnp.float32)
+  return y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[-1]), (x, w)
+
+
+def _matmul_backward(residuals, dy):
+  x, w = residuals
+  dx = jnp.dot(_rows(dy), w.T, preferred_element_type=jnp.float32)
+  dw = jnp.dot(_rows(x).T, _rows(dy), preferred_element_type=jnp.float32)
+  return dx.astype(x.dtype).reshape(x.shape), dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def along_last(
+  vector: Float[Array, " D"], like: Float[Array, "*N D"]
+) -> Float[Array, "*N D"]:
+  """Repeats a vector over all axes of `like` but the last, in its type."""
+  vector = vector.astype(like.dtype)
+  return jax.lax.broadcast_in_dim(vector, like.shape, (like.ndim - 1,))
+
+
+def scaling(alpha: float, rank: int) -> float:
+  """The factor on a low-rank product: alpha / rank (Hu et al. 2021, 4.1)."""
+  return alpha / rank
+
+
+def low_rank(
+  x: Float[Array, "... D"],
+  lora_a: Float[Array, "D R"],
+  lora_b: Float[Array, "R F"],
+  alpha: float,
+) -> Float[Array, "... F"]:
+  """(alpha / r) B A x (Hu et al. 2021, equation 3).
+
+  The factor is applied in rank space, where it costs R products, not F.
+  """
+  z = matmul(x, lora_a.astype(x.dtype))
+  z = z * jnp.asarray(scaling(alpha, lora_a.shape[-1]), x.dtype)
+  return matmul(z, lora_b.astype(x.dtype))
+
+
+def dropout(
+  x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None
+) -> Float[Array, "..."]:
+  """Inverted dropout; the identity when `key` is None (evaluation)."""
+  if rate == 0.0 or key is None:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def kaiming_uniform(key, shape, dtype=jnp.float32) -> Array:
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in the second-last axis.
+
+  What `torch.nn.Linear` and LoRA's A start from: kaiming_uniform(a=sqrt(5)).
+  """
+  bound = 1.0 / math.sqrt(shape[-2])
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def base_init(scale: float) -> nn.initializers.Initializer:
+  """How a base kernel starts: variance `scale` / fan_in, truncated normal."""
+  return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+
+
+class LoraLinear(nn.Module):
+  """y = x W + b + (alpha / r) (dropout(x) A) B; `rank=0` is the plain map."""
+
+  features: int
+  use_bias: bool = False
+  rank: int = 0
+  alpha: float = 1.0
+  dropout: float = 0.0
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "... D"], is_training: bool = False
+  ) -> Float[Array, "... F"]:
+    width = x.shape[-1]
+    init = base_init(self.init_scale)
+    kernel = self.param("kernel", init, (width, self.features))
+    y = matmul(x, kernel.astype(x.dtype))
+    if self.use_bias:
+      zeros = nn.initializers.zeros_init()
+      y = y + along_last(self.param("bias", zeros, (self.features,)), y)
+    if self.rank == 0:
+      return y
+    lora_a = self.param("lora_a", kaiming_uniform, (width, self.rank))
+    zeros = nn.initializers.zeros_init()
+    lora_b = self.param("lora_b", zeros, (self.rank, self.features))
+    use_dropout = is_training and self.dropout > 0
+    key = self.make_rng("dropout") if use_dropout else None
+    return y + low_rank(
+      dropout(x, self.dropout, key), lora_a, lora_b, self.alpha
+    )

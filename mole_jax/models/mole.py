@@ -1,0 +1,350 @@
+"""LLaVA-MoLE: a sparse mixture of LoRA experts in the decoder's MLP.
+
+Chen et al. 2024 (arXiv 2401.16160) and the authors' released `moe.py`: one
+router per MLP chooses, for each token, the expert that serves gate, up and
+down. Everything with an idea in it is a plain function on arrays; the modules
+at the end only name parameters.
+
+Einsum axes: see lora.py. Rows (axis "N" below) are tokens, flattened.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from mole_jax.models import lora, moving
+
+GATES = ("none", "prob", "straight_through")
+DISPATCHES = ("auto", "loop", "masked", "gather")
+ROUTER_SCOPES = ("layer", "shared")
+BALANCES = ("pooled", "per_layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoleConfig:
+  """What a mixture of LoRA experts is made of.
+
+  num_experts: 0 leaves the MLP as it is, 1 is plain LoRA, more is a mixture.
+  top_k: experts a token; top_k == num_experts with gate "prob" is the paper's
+    dense mixture, y = W x + sum_j p_j E_j(x).
+  gate: "none" adds an expert's output unscaled (the release), so the router
+    learns from the balance loss alone; "prob" scales it by its probability
+    (Fedus et al. 2021, equation 2; not renormalised); "straight_through" is
+    "none" forward and "prob" backward.
+  router_scope: "layer", or "shared" for one router that serves every layer.
+  dispatch: one of DISPATCHES; results are equal, speed is not.
+  block_rows: rows per block of the "gather" dispatch.
+  """
+
+  num_experts: int = 0
+  top_k: int = 1
+  rank: int = 32
+  alpha: float = 64.0
+  dropout: float = 0.05
+  gate: str = "none"
+  router_scope: str = "layer"
+  dispatch: str = "auto"
+  block_rows: int = 64
+
+  def __post_init__(self):
+    for key, value, known in (
+      ("gate", self.gate, GATES),
+      ("dispatch", self.dispatch, DISPATCHES),
+      ("router_scope", self.router_scope, ROUTER_SCOPES),
+    ):
+      if value not in known:
+        raise ValueError(f"mole.{key}={value!r} must be one of {known}.")
+    if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+      raise ValueError(
+        f"mole.top_k={self.top_k} must lie between 1 and "
+        f"mole.num_experts={self.num_experts}."
+      )
+    if self.num_experts and self.rank < 1:
+      raise ValueError(
+        f"mole.rank={self.rank} must be at least 1; for no adapter at all set "
+        "mole.num_experts=0."
+      )
+
+  @property
+  def has_router(self) -> bool:
+    return self.num_experts > 1
+
+
+class Routing(NamedTuple):
+  """One layer's routing of every token."""
+
+  probs: Float[Array, "*N E"]
+  chosen: Int[Array, "*N topk"]
+
+
+class RoutingSums(NamedTuple):
+  """Sums over the tokens of each segment, padding left out, for one layer.
+
+  `probs` of the router's probabilities, `load` of the choices (each of the
+  top-k counts 1/k; no gradient), `entropy` of -sum p log p, in nats.
+  """
+
+  probs: Float[Array, "B S E"]
+  load: Float[Array, "B S E"]
+  entropy: Float[Array, "B S"]
+
+
+def route(
+  x: Float[Array, "*N D"],
+  kernel: Float[Array, "D E"],
+  bias: Float[Array, " E"],
+  top_k: int,
+) -> Routing:
+  """p = softmax(W_r x + b) in float32 (bf16 ties), and its top-k experts."""
+  logits = lora.matmul(x.astype(jnp.float32), kernel)
+  logits = logits + lora.along_last(bias, logits)
+  probs = jax.nn.softmax(logits, axis=-1)
+  return Routing(probs, jax.lax.top_k(probs, top_k)[1])
+
+
+def gate_weights(routing: Routing, gate: str) -> Float[Array, "*N E"]:
+  """The factor on each expert's output; zero for experts not chosen."""
+  num_experts = routing.probs.shape[-1]
+  chosen = jax.nn.one_hot(routing.chosen, num_experts).sum(-2)
+  if gate == "none":
+    return chosen
+  if gate == "prob":
+    return chosen * routing.probs
+  if gate == "straight_through":
+    probs = routing.probs
+    return chosen * (1.0 + probs - jax.lax.stop_gradient(probs))
+  raise ValueError(f"mole.gate={gate!r} must be one of {GATES}.")
+
+
+# What moving one element of a row there and back costs, in multiply-adds of
+# the low-rank products: measured on CPU, where "masked" and "gather" cross at
+# num_experts * rank of about 256.
+MOVE_COST = 224
+
+
+def choose_dispatch(
+  num_rows: int, num_experts: int, top_k: int, rank: int, block_rows: int
+) -> str:
+  """The cheaper dispatch for a shape, by multiply-adds per row and width.
+
+  "masked" costs E R: every expert's low-rank product, nothing moves.
+  "gather" costs k (R + MOVE_COST) on rows padded to whole blocks.
+  """
+  masked = num_rows * num_experts * rank
+  padded = num_rows * top_k + num_experts * block_rows // 2
+  return "masked" if masked <= padded * (rank + MOVE_COST) else "gather"
+
+
+def loop_experts(
+  x: Float[Array, "N D"],
+  lora_a: Float[Array, "E D R"],
+  lora_b: Float[Array, "E R F"],
+  weights: Float[Array, "N E"],
+) -> Float[Array, "N F"]:
+  """sum_e w_e (x A_e) B_e, one expert after the other: the oracle."""
+  outputs = [
+    weights[:, e, None] * ((x @ lora_a[e]) @ lora_b[e])
+    for e in range(lora_a.shape[0])
+  ]
+  return sum(outputs)
+
+
+def masked_experts(
+  x: Float[Array, "N D"],
+  lora_a: Float[Array, "E D R"],
+  lora_b: Float[Array, "E R F"],
+  weights: Float[Array, "N E"],
+) -> Float[Array, "N F"]:
+  """One wide low-rank product; in rank space the unchosen blocks become 0."""
+  num_experts, width, rank = lora_a.shape
+  wide_a = lora_a.transpose(1, 0, 2).reshape(width, num_experts * rank)
+  z = lora.matmul(x, wide_a).reshape(-1, num_experts, rank)
+  z = (z * weights[:, :, None]).reshape(-1, num_experts * rank)
+  return lora.matmul(z, lora_b.reshape(num_experts * rank, -1))
+
+
+def gather_experts(
+  x: Float[Array, "N D"],
+  lora_a: Float[Array, "E D R"],
+  lora_b: Float[Array, "E R F"],
+  weights: Float[Array, "N E"],
+  plan: moving.Plan,
+) -> Float[Array, "N F"]:
+  """Rows sorted by expert into blocks, one low-rank product a block.
+
+  Drops nothing: the last block of each expert is padded with zero rows.
+  """
+  rows = moving.dispatch(x, plan)
+  outputs = moving.grouped_low_rank(rows, lora_a, lora_b, plan)
+  chosen_weights = jnp.take_along_axis(weights, plan.chosen, axis=1)
+  return moving.combine(outputs, chosen_weights, plan)
+
+
+def balance_loss_pooled(
+  sums: RoutingSums, num_tokens: Float[Array, "B S"]
+) -> Float[Array, ""]:
+  """The release's balance loss; `sums` stacked over layers.
+
+  (1/B) sum_i sum_j mean_{l,t}(p_j) mean_{l,t}([k = j]): for each sample the
+  layers and tokens are pooled before the product. No factor K: 1/K is balance.
+  """
+  count = sums.probs.shape[0] * jnp.maximum(num_tokens, 1)[..., None]
+  load = jax.lax.stop_gradient(sums.load.sum(0)) / count
+  per_sample = jnp.sum(sums.probs.sum(0) / count * load, axis=-1)
+  is_sample = num_tokens > 0
+  total = jnp.sum(jnp.where(is_sample, per_sample, 0.0))
+  return total / jnp.maximum(is_sample.sum(), 1)
+
+
+def balance_loss_per_layer(
+  sums: RoutingSums, num_tokens: Float[Array, "B S"]
+) -> Float[Array, ""]:
+  """K sum_j f_j P_j over the batch's tokens, mean over layers; 1 is balance.
+
+  Fedus et al. 2021, equation 4; `sums` stacked over layers.
+  """
+  count = jnp.maximum(num_tokens.sum(), 1)
+  load = jax.lax.stop_gradient(sums.load.sum((1, 2))) / count
+  probs = sums.probs.sum((1, 2)) / count
+  return probs.shape[-1] * jnp.mean(jnp.sum(load * probs, axis=-1))
+
+
+def routing_sums(
+  routing: Routing, segments: Bool[Array, "B T S"]
+) -> RoutingSums:
+  """Adds up a layer's routing within each segment."""
+  member = segments.astype(jnp.float32)
+  num_experts = routing.probs.shape[-1]
+  load = jax.nn.one_hot(routing.chosen, num_experts).mean(-2)
+  entropy = -jax.scipy.special.xlogy(routing.probs, routing.probs).sum(-1)
+  return RoutingSums(
+    jnp.einsum("BTS,BTE->BSE", member, routing.probs),
+    jnp.einsum("BTS,BTE->BSE", member, jax.lax.stop_gradient(load)),
+    jnp.einsum("BTS,BT->BS", member, jax.lax.stop_gradient(entropy)),
+  )
+
+
+class Router(nn.Module):
+  """Names the router's parameters; `route` uses them."""
+
+  num_experts: int
+
+  @nn.compact
+  def __call__(
+    self, width: int
+  ) -> tuple[Float[Array, "D E"], Float[Array, " E"]]:
+    shape = (width, self.num_experts)
+    kernel = self.param("kernel", lora.kaiming_uniform, shape)
+    bound = width**-0.5
+    bias = self.param(
+      "bias",
+      lambda key: jax.random.uniform(
+        key, (self.num_experts,), jnp.float32, -bound, bound
+      ),
+    )
+    return kernel, bias
+
+
+class ExpertsLinear(nn.Module):
+  """A frozen linear map and its LoRA experts: W x + sum_e w_e E_e(x)."""
+
+  features: int
+  config: MoleConfig
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T E"] | None,
+    plan: moving.Plan | None,
+    dispatch: str,
+    is_training: bool,
+  ) -> Float[Array, "B T F"]:
+    c = self.config
+    init = lora.base_init(self.init_scale)
+    kernel = self.param("kernel", init, (x.shape[-1], self.features))
+    y = lora.matmul(x, kernel.astype(x.dtype))
+    if c.num_experts == 0:
+      return y
+    shape_a = (c.num_experts, x.shape[-1], c.rank)
+    shape_b = (c.num_experts, c.rank, self.features)
+    zeros = nn.initializers.zeros_init()
+    lora_a = self.param("lora_a", lora.kaiming_uniform, shape_a)
+    lora_b = self.param("lora_b", zeros, shape_b)
+    use_dropout = is_training and c.dropout > 0
+    key = self.make_rng("dropout") if use_dropout else None
+    x = lora.dropout(x, c.dropout, key)
+    if weights is None:  # One expert: plain LoRA.
+      return y + lora.low_rank(x, lora_a[0], lora_b[0], c.alpha)
+    rows = x.reshape(-1, x.shape[-1])
+    scale = lora.scaling(c.alpha, c.rank)
+    args = (
+      rows,
+      lora_a.astype(x.dtype),
+      lora_b.astype(x.dtype),
+      (weights * scale).astype(x.dtype).reshape(-1, c.num_experts),
+    )
+    if dispatch == "loop":
+      delta = loop_experts(*args)
+    elif dispatch == "masked":
+      delta = masked_experts(*args)
+    else:
+      delta = gather_experts(*args, plan)
+    return y + delta.reshape(y.shape)
+
+
+class MoleMlp(nn.Module):
+  """SwiGLU with one routing for gate, up and down (Chen et al., 3.2).
+
+      h = silu(W_g x + E_k^g(x)) * (W_u x + E_k^u(x))
+      y = W_d h + E_k^d(h)
+
+  `router` is given where it is shared over layers, else the layer has its own.
+  Returns y, and the routing (None without a mixture).
+  """
+
+  intermediate_size: int
+  config: MoleConfig
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    router: tuple[Float[Array, "D E"], Float[Array, " E"]] | None,
+    is_training: bool = False,
+  ) -> tuple[Float[Array, "B T D"], Routing | None]:
+    c = self.config
+    width = x.shape[-1]
+    num_rows = x.shape[0] * x.shape[1]
+    routing = weights = plan = None
+    dispatch = c.dispatch
+    if c.has_router:
+      if router is None:
+        router = Router(c.num_experts, name="router")(width)
+      routing = route(x, *router, c.top_k)
+      weights = gate_weights(routing, c.gate)
+      if dispatch == "auto":
+        dispatch = choose_dispatch(
+          num_rows, c.num_experts, c.top_k, c.rank, c.block_rows
+        )
+      if dispatch == "gather":
+        chosen = routing.chosen.reshape(num_rows, c.top_k)
+        plan = moving.make_plan(chosen, c.num_experts, c.block_rows)
+
+    def linear(features, name, x, init_scale=1.0):
+      module = ExpertsLinear(features, c, init_scale, name=name)
+      return module(x, weights, plan, dispatch, is_training)
+
+    gate = linear(self.intermediate_size, "gate_proj", x)
+    gate = checkpoint_name(gate, "mlp_gate")
+    up = linear(self.intermediate_size, "up_proj", x)
+    up = checkpoint_name(up, "mlp_up")
+    hidden = jax.nn.silu(gate) * up
+    return linear(width, "down_proj", hidden, self.init_scale), routing

@@ -1,0 +1,191 @@
+"""Vision towers of the CLIP family: one pre-norm transformer over patches.
+
+Radford et al. 2021; names and order of operations follow `CLIPVisionModel` of
+Transformers.
+
+Einsum axes: see lora.py.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mole_jax.models import attention, lora, remat
+
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """A tower's shape, in Transformers' words; sizes in pixels.
+
+  feature_layer: which hidden state is the feature, counted as in Transformers:
+    -1 is the output of the last layer, -2 of the one before it.
+  """
+
+  image_size: int = 336
+  patch_size: int = 14
+  hidden_size: int = 1024
+  intermediate_size: int = 4096
+  num_layers: int = 24
+  num_heads: int = 16
+  hidden_act: str = "quick_gelu"
+  layer_norm_eps: float = 1e-5
+  feature_layer: int = -1
+
+  def __post_init__(self):
+    if self.image_size % self.patch_size:
+      raise ValueError(
+        f"vision.image_size={self.image_size} must be a multiple of "
+        f"vision.patch_size={self.patch_size}."
+      )
+    if self.hidden_size % self.num_heads:
+      raise ValueError(
+        f"vision.hidden_size={self.hidden_size} must be a multiple of "
+        f"vision.num_heads={self.num_heads}."
+      )
+    if self.hidden_act not in ACTIVATIONS:
+      raise ValueError(
+        f"vision.hidden_act={self.hidden_act!r} must be one of {ACTIVATIONS}."
+      )
+    if not -self.num_layers - 1 <= self.feature_layer <= self.num_layers:
+      raise ValueError(
+        f"vision.feature_layer={self.feature_layer} must lie between "
+        f"{-self.num_layers - 1} and {self.num_layers}; -1 is the last layer."
+      )
+
+  @property
+  def patches_per_side(self) -> int:
+    return self.image_size // self.patch_size
+
+  @property
+  def num_patches(self) -> int:
+    return self.patches_per_side**2
+
+  @property
+  def num_used_layers(self) -> int:
+    """Layers that run; those behind the feature layer only keep weights."""
+    layer = self.feature_layer
+    return layer if layer >= 0 else self.num_layers + 1 + layer
+
+
+def activate(x: Float[Array, "*N"], name: str) -> Float[Array, "*N"]:
+  """`quick_gelu` is x sigmoid(1.702 x); `gelu` the exact (erf) one."""
+  if name == "quick_gelu":
+    return x * jax.nn.sigmoid(1.702 * x)
+  return jax.nn.gelu(x, approximate=False)
+
+
+def patchify(
+  pixel_values: Float[Array, "B Y X 3"], patch_size: int
+) -> Float[Array, "B P D"]:
+  """Cuts images into rows of patches; D runs over y, x, channel."""
+  batch, height, width, channels = pixel_values.shape
+  rows, columns = height // patch_size, width // patch_size
+  x = pixel_values.reshape(
+    batch, rows, patch_size, columns, patch_size, channels
+  )
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation with statistics in float32."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+    width = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones_init(), (width,))
+    bias = self.param("bias", nn.initializers.zeros_init(), (width,))
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True)
+    variance = jnp.square(y - mean).mean(-1, keepdims=True)
+    y = (y - mean) * jax.lax.rsqrt(variance + self.epsilon)
+    y = y * lora.along_last(scale, y) + lora.along_last(bias, y)
+    return y.astype(x.dtype)
+
+
+class VisionLayer(nn.Module):
+  """Pre-norm block: attention, then a two-layer MLP; a scan's body."""
+
+  config: VisionConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B P D"], _: None
+  ) -> tuple[Float[Array, "B P D"], None]:
+    c = self.config
+    batch, patches, width = x.shape
+    heads = (batch, patches, c.num_heads, width // c.num_heads)
+
+    def linear(features, name, init_scale=1.0):
+      return lora.LoraLinear(
+        features, use_bias=True, init_scale=init_scale, name=name
+      )
+
+    # Residual branches start small: std / sqrt(2 L) as in GPT-2.
+    init_scale = 0.5 / c.num_layers
+    y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
+    query = linear(width, "q_proj")(y).reshape(heads)
+    key = linear(width, "k_proj")(y).reshape(heads)
+    value = linear(width, "v_proj")(y).reshape(heads)
+    y = attention.attend(query, key, value, None).reshape(x.shape)
+    x = x + linear(width, "out_proj", init_scale)(y)
+    y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
+    y = activate(linear(c.intermediate_size, "fc1")(y), c.hidden_act)
+    return x + linear(width, "fc2", init_scale)(y), None
+
+
+class VisionTower(nn.Module):
+  """Images to the features of their patches, class token dropped."""
+
+  config: VisionConfig
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self, pixel_values: Float[Array, "B Y X 3"]
+  ) -> Float[Array, "B P D"]:
+    c = self.config
+    normal = nn.initializers.normal(0.02)
+    patches = patchify(pixel_values, c.patch_size)
+    x = lora.LoraLinear(c.hidden_size, name="patch_embedding")(patches)
+    token = self.param("class_embedding", normal, (c.hidden_size,))
+    token = jnp.broadcast_to(
+      token.astype(x.dtype), (x.shape[0], 1, c.hidden_size)
+    )
+    x = jnp.concatenate([token, x], axis=1)
+    shape = (c.num_patches + 1, c.hidden_size)
+    positions = self.param("position_embedding", normal, shape)
+    x = x + positions.astype(x.dtype)[None]
+    x = LayerNorm(c.layer_norm_eps, name="pre_layrnorm")(x)
+    x = self._run_layers(x)
+    return x[:, 1:]
+
+  def _run_layers(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+    """Scans the layers up to the feature layer.
+
+    `nn.scan` names and initialises all of them; they are applied as a plain
+    function of the first rows of their stacked parameters, so that a feature
+    layer of -2 does not pay for the last layer.
+    """
+    c = self.config
+    layers = nn.scan(
+      VisionLayer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=c.num_layers,
+    )(c, name="layers")
+    if self.is_initializing():
+      return layers(x, None)[0]
+    stacked = self.variables["params"]["layers"]
+    used = jax.tree.map(lambda p: p[: c.num_used_layers], stacked)
+    layer = VisionLayer(c, parent=None)
+    apply = remat.rematerialise(
+      lambda x, params: layer.apply({"params": params}, x, None), self.remat
+    )
+    return jax.lax.scan(apply, x, used)[0]

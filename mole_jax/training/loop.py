@@ -1,0 +1,362 @@
+"""The loop over a stage's steps, and what happens before and after it."""
+
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+from mole_jax.data import mixture, pipeline, tokenizer
+from mole_jax.parallel import mesh as mesh_lib
+from mole_jax.parallel import sharding
+from mole_jax.training import checkpoint, metrics, optim, state, step
+
+# Positions whose logits exist at one time, in each row of a batch.
+CHUNK_TOKENS = 512
+
+
+class StoppedError(RuntimeError):
+  """The user asked to stop; `saved_step` is what stands on disk."""
+
+  def __init__(self, stage: str, saved_step: int, signal_number: int):
+    super().__init__(f"stopped in stage {stage!r}, saved step {saved_step}.")
+    self.stage = stage
+    self.saved_step = saved_step
+    self.signal_number = signal_number
+
+
+class StopRequest:
+  """Turns SIGINT and SIGTERM into a request that the loop reads.
+
+  A second SIGINT raises KeyboardInterrupt, for someone in a hurry.
+  """
+
+  def __init__(self) -> None:
+    self.signal_number: int | None = None
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> "StopRequest":
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, _) -> None:
+    if self.signal_number is not None and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.signal_number = number
+
+
+def make_loader(
+  config: Mapping[str, Any],
+  stage_name: str,
+  text: tokenizer.Tokenizer,
+  num_image_tokens: int,
+) -> pipeline.Loader:
+  """The batches of a stage, for this process."""
+  data, stage = config["data"], config["stages"][stage_name]
+  sources = [mixture.Source(**source) for source in stage["mixture"].values()]
+  datasets = mixture.load_mixture(
+    sources,
+    text,
+    domains=data["domains"],
+    num_image_tokens=num_image_tokens,
+    max_length=stage["max_length"],
+    max_images=stage["max_images"],
+    system=data["system"],
+    use_bos=data["use_bos"],
+  )
+  return pipeline.make_loader(
+    datasets,
+    [source.weight for source in sources],
+    seed=config["seed"],
+    num_steps=stage["num_steps"],
+    batch_size=stage["batch_size"],
+    max_length=stage["max_length"],
+    max_images=stage["max_images"],
+    max_segments=stage["max_segments"],
+    image_size=config["model"]["vision"]["image_size"],
+    pad_id=text.pad_id,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_workers=data["num_workers"],
+  )
+
+
+class Stage:
+  """A stage of the config, made ready for a mesh: shapes, step, shardings.
+
+  Building it computes and allocates nothing, so that a recipe whose weights
+  are not there can still be counted and lowered.
+  """
+
+  def __init__(
+    self, config: Mapping[str, Any], name: str, mesh: jax.sharding.Mesh
+  ):
+    self.name = name
+    self.mesh = mesh
+    self.settings = config["stages"][name]
+    self.model_config = state.model_config(config, name)
+    mesh_lib.check_batch_size(self.settings["batch_size"], mesh)
+    shapes = state.parameter_shapes(self.model_config)
+    trainable, frozen = state.split(shapes, self.settings["trainable"])
+    base_dtype = config["base"]["dtype"]
+    self.trainable_shapes = trainable
+    self.frozen_shapes = {
+      key: jax.ShapeDtypeStruct(leaf.shape, base_dtype)
+      for key, leaf in frozen.items()
+    }
+    self.counts = state.count_parameters(shapes, self.settings["trainable"])
+    self.optimizer, schedule = optim.make_optimizer(
+      self.settings["optim"], list(trainable), self.settings["num_steps"]
+    )
+    train_step = step.make_train_step(
+      self.model_config,
+      self.optimizer,
+      schedule,
+      balance=config["balance"]["loss"],
+      balance_weight=config["balance"]["weight"],
+      num_domains=len(config["data"]["domains"]),
+      num_segments=self.settings["max_segments"],
+      image_mean=config["data"]["image_mean"],
+      image_std=config["data"]["image_std"],
+      chunk_tokens=CHUNK_TOKENS,
+      seed=config["seed"],
+    )
+    self.train_step, self.shardings = step.compile_step(
+      train_step, self.optimizer, trainable, self.frozen_shapes, mesh
+    )
+
+  def state_shapes(self) -> state.TrainState:
+    """Shapes and shardings of what a checkpoint of this stage holds."""
+    opt = jax.eval_shape(self.optimizer.init, self.trainable_shapes)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    )
+    return state.TrainState(
+      jax.tree.map(place, self.trainable_shapes, self.shardings["trainable"]),
+      jax.tree.map(place, opt, self.shardings["opt_state"]),
+    )
+
+  def lower(self) -> jax.stages.Lowered:
+    """Lowers the step from shapes alone."""
+    settings, shapes = self.settings, self.state_shapes()
+    batch = step.batch_shapes(
+      batch_size=settings["batch_size"],
+      max_length=settings["max_length"],
+      max_images=settings["max_images"],
+      max_segments=settings["max_segments"],
+      image_size=self.model_config.vision.image_size,
+    )
+    return self.train_step.lower(
+      shapes.trainable,
+      self.frozen_shapes,
+      shapes.opt_state,
+      batch,
+      jax.ShapeDtypeStruct((), np.int32),
+    )
+
+  def start(
+    self, seed: int, base: state.Flat | None
+  ) -> tuple[state.TrainState, state.Flat]:
+    """First trainable state, and the frozen parameters, on the mesh.
+
+    What the base does not hold (adapters; everything without a base) is
+    initialised.
+    """
+    base = base or {}
+    new = [name for name in self.trainable_shapes if name not in base]
+    missing = [name for name in self.frozen_shapes if name not in base]
+    if missing:
+      raise ValueError(
+        f"stage {self.name!r} freezes parameters that no base provides: "
+        f"{missing[:5]}; add them to stages.{self.name}.trainable or name a "
+        "base in config.base.path."
+      )
+    key = jax.random.key(seed)
+    initialise = jax.jit(
+      lambda key: state.initialise(self.model_config, key, new),
+      out_shardings={n: self.shardings["trainable"][n] for n in new},
+    )
+    trainable = initialise(key)
+    for name, leaf in self.trainable_shapes.items():
+      if name in base:
+        value = base[name].astype(leaf.dtype)
+        place = self.shardings["trainable"][name]
+        # A copy: the step donates its trainable parameters.
+        trainable[name] = jax.device_put(value, place, may_alias=False)
+    # In the order of the model, whatever came from where.
+    trainable = {name: trainable[name] for name in self.trainable_shapes}
+    frozen = {
+      name: jax.device_put(
+        base[name].astype(leaf.dtype), self.shardings["frozen"][name]
+      )
+      for name, leaf in self.frozen_shapes.items()
+    }
+    opt_state = jax.jit(
+      self.optimizer.init, out_shardings=self.shardings["opt_state"]
+    )(trainable)
+    return state.TrainState(trainable, opt_state), frozen
+
+
+def run_stage(
+  config: Mapping[str, Any],
+  stage: Stage,
+  loader: pipeline.Loader,
+  run: pathlib.Path,
+  base: state.Flat | None,
+  base_reference: checkpoint.BaseReference | None,
+  on_log: Callable[[int, dict[str, Any]], None],
+  on_step: Callable[[int], None],
+  last_step: int | None = None,
+) -> state.Flat:
+  """Trains a stage from its newest checkpoint to its end.
+
+  Args:
+    config: the resolved configuration.
+    stage: what `config` makes of the stage.
+    loader: its batches.
+    run: the run directory.
+    base: parameters to start from, flat; None to start from nothing.
+    base_reference: where they came from, for the checkpoints.
+    on_log: called with a step and its row of metrics.
+    on_step: called with the number of steps done.
+    last_step: stop (and save) before the stage's end, as if interrupted.
+
+  Returns:
+    every parameter at the end, flat.
+
+  Raises:
+    NonFiniteLossError: with the step; parameters before it are not saved
+      over the last checkpoint.
+    StoppedError: after SIGINT or SIGTERM, when the state is saved.
+  """
+  settings, directory = stage.settings, run / stage.name
+  num_steps = settings["num_steps"]
+  end = num_steps if last_step is None else min(last_step, num_steps)
+  train_state, frozen = stage.start(config["seed"], base)
+  reference = None if base_reference is None else base_reference._asdict()
+  meta = {"stage": stage.name, "base": reference}
+  checkpoints = checkpoint.StageCheckpoints(
+    directory, settings["max_checkpoints"]
+  )
+  with checkpoints, StopRequest() as stop:
+    start = checkpoints.latest_step() or 0
+    if start:
+      train_state, _ = checkpoints.restore(start, stage.state_shapes())
+    trainable, opt_state = train_state
+    batches = loader.iterate(start)
+    window = metrics.Window(config["data"]["domains"])
+    pending = None
+    began = time.perf_counter()
+
+    def finish(pending) -> None:
+      """Reads a step's metrics; by now the next step is on its way."""
+      number, values, batch = pending
+      values = jax.device_get(values)
+      if not values["is_finite"]:
+        raise metrics.NonFiniteLossError(stage.name, number)
+      segments = batch["segment_ids"]
+      window.add(
+        values,
+        int((segments > 0).sum()),
+        segments.size,
+        int(batch["num_failed"]),
+      )
+
+    with metrics.Writer(directory, start) as writer:
+      for number in range(start + 1, end + 1):
+        host_batch = next(batches)
+        batch = _to_devices(host_batch, stage.shardings["batch"])
+        trainable, opt_state, values = stage.train_step(
+          trainable, frozen, opt_state, batch, np.int32(number - 1)
+        )
+        if pending is not None:
+          finish(pending)
+        pending = (number, values, host_batch)
+        on_step(number)
+        signal_number = stop.signal_number  # Read once: it may come any time.
+        is_last = number == end or signal_number is not None
+        is_saved = is_last or number % settings["checkpoint_every"] == 0
+        is_logged = is_last or number % settings["log_every"] == 0
+        if is_saved or is_logged:
+          # Nothing is saved that has not been found finite.
+          finish(pending)
+          pending = None
+        if is_logged:
+          now = time.perf_counter()
+          row = window.summary(now - began)
+          writer.write(number, row)
+          on_log(number, row)
+          window = metrics.Window(config["data"]["domains"])
+          began = now
+        if is_saved:
+          saved = state.TrainState(trainable, opt_state)
+          checkpoints.save(number, saved, {**meta, "step": number})
+        if signal_number is not None and number < num_steps:
+          batches.close()
+          raise StoppedError(stage.name, number, signal_number)
+      batches.close()
+  return {**frozen, **trainable}
+
+
+def _to_devices(
+  batch: pipeline.Batch, rows: jax.sharding.NamedSharding
+) -> dict[str, jax.Array]:
+  """This host's rows as part of the global batch."""
+  return {
+    key: jax.make_array_from_process_local_data(rows, value)
+    for key, value in batch.items()
+    if key != "num_failed"
+  }
+
+
+def load_base(
+  stage: Stage, config: Mapping[str, Any], directory: pathlib.Path, sha256: str
+) -> state.Flat:
+  """Reads a base onto the mesh of a stage, verified by its hash."""
+  shapes = checkpoint.base_shapes(config)
+  places = sharding.parameter_shardings(shapes, stage.mesh)
+  shapes = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+    for name, leaf in shapes.items()
+  }
+  return checkpoint.read_base(directory, shapes, sha256)
+
+
+def read_tokenizer(config: Mapping[str, Any]) -> tokenizer.Tokenizer:
+  """The run's tokenizer; its size must fit the model."""
+  name = config["data"]["tokenizer"]
+  path = tokenizer.EMBEDDED_TOKENIZER if name == "embedded" else name
+  text = tokenizer.Tokenizer(path)
+  check_tokenizer(text, config["model"])
+  return text
+
+
+def check_tokenizer(
+  text: tokenizer.Tokenizer, model: Mapping[str, Any]
+) -> None:
+  """Raises ValueError where ids of the tokenizer do not fit the model."""
+  size = model["decoder"]["vocab_size"]
+  if text.vocab_size > size:
+    raise ValueError(
+      f"config.model.decoder.vocab_size={size} is less than the tokenizer's "
+      f"{text.vocab_size} entries; set it to {text.vocab_size} or more."
+    )
+  if text.image_id != model["image_token_id"]:
+    raise ValueError(
+      f"config.model.image_token_id={model['image_token_id']}, but the "
+      f"tokenizer's <image> is {text.image_id}; set it to that."
+    )

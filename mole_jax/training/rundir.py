@@ -1,0 +1,90 @@
+"""The run directory: one config, one writer, the newest state."""
+
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from mole_jax.training import checkpoint
+
+# Settings that change nothing about the result: free to differ on a rerun.
+FREE = ("log_every", "checkpoint_every", "max_checkpoints", "num_workers")
+
+
+class LockedError(RuntimeError):
+  """Another process is writing to the run directory."""
+
+
+class Lock:
+  """Holds a run directory for one process; a context manager.
+
+  The kernel drops the lock with its process, so none is ever stale.
+  """
+
+  def __init__(self, run: pathlib.Path):
+    self._run = run
+
+  def __enter__(self) -> "Lock":
+    self._run.mkdir(parents=True, exist_ok=True)
+    path = self._run / ".lock"
+    self._file = path.open("a+")
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      self._file.seek(0)
+      holder = self._file.read().strip()
+      self._file.close()
+      raise LockedError(
+        f"{self._run} is in use by process {holder}; wait for it or stop it, "
+        "or choose another --workdir."
+      ) from None
+    self._file.truncate(0)
+    self._file.write(str(os.getpid()))
+    self._file.flush()
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._file.close()
+
+
+def plain(config: Any) -> dict[str, Any]:
+  """A ConfigDict as what JSON holds: nested dictionaries, lists, scalars."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+  """Lines "key: old -> new" for settings that change the result."""
+  lines = []
+  for key in sorted(set(old) | set(new)):
+    path = f"{prefix}{key}"
+    if key in FREE:
+      continue
+    if key not in old or key not in new:
+      side = "only in the workdir" if key in old else "new"
+      lines.append(f"{path}: {side}")
+    elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
+      lines += differences(old[key], new[key], f"{path}.")
+    elif old[key] != new[key]:
+      lines.append(f"{path}: {old[key]!r} -> {new[key]!r}")
+  return lines
+
+
+def claim(run: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes the config of a new run, or checks that of an old one.
+
+  Raises ValueError that lists the differences where the run directory belongs
+  to another configuration.
+  """
+  path = run / "config.json"
+  if path.exists():
+    lines = differences(checkpoint.read_json(path), config)
+    if lines:
+      raise ValueError(
+        f"{run} holds a run of another config; choose another --workdir, or "
+        "undo these differences (workdir -> now):\n  " + "\n  ".join(lines)
+      )
+  checkpoint.write_json(path, config)

@@ -1,0 +1,185 @@
+"""One training step as a pure function, and its compilation for a mesh."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt8
+
+from mole_jax.models import llava
+from mole_jax.parallel import sharding
+from mole_jax.training import losses, state
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def normalise(
+  images: UInt8[Array, "B M Y X 3"],
+  mean: Sequence[float],
+  std: Sequence[float],
+  dtype: str,
+) -> Float[Array, "B M Y X 3"]:
+  """(x / 255 - mean) / std by channel, on the device: only bytes travel."""
+  shape = (1, 1, 1, 1, 3)
+  mean = jnp.asarray(mean, jnp.float32).reshape(shape)
+  std = jnp.asarray(std, jnp.float32).reshape(shape)
+  return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
+
+
+def make_train_step(
+  config: llava.LlavaConfig,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  balance: str,
+  balance_weight: float,
+  num_domains: int,
+  num_segments: int,
+  image_mean: Sequence[float],
+  image_std: Sequence[float],
+  chunk_tokens: int,
+  seed: int,
+) -> Callable[..., tuple[state.Flat, Any, Metrics]]:
+  """Builds `train_step(trainable, frozen, opt_state, batch, step)`.
+
+  It returns the new trainable parameters, the new optimizer state and metrics.
+  Where the loss or the gradient is not finite both are returned unchanged and
+  `is_finite` is False.
+  """
+  model = llava.Llava(config)
+
+  def loss_fn(trainable, frozen, batch, step):
+    params = {"params": state.unflatten({**frozen, **trainable})}
+    pixels = normalise(batch["images"], image_mean, image_std, config.dtype)
+    output = model.apply(
+      params,
+      batch["input_ids"],
+      pixels,
+      batch["positions"],
+      batch["segment_ids"],
+      num_segments,
+      is_training=True,
+      rngs={"dropout": jax.random.fold_in(jax.random.key(seed), step)},
+    )
+    domains = losses.token_domains(batch["segment_ids"], batch["domains"])
+    sums = losses.next_token_sums(
+      output.hidden,
+      batch["labels"],
+      domains,
+      lambda hidden: model.apply(params, hidden, method="unembed"),
+      num_domains,
+      chunk_tokens,
+    )
+    lm_loss = sums.loss.sum() / jnp.maximum(sums.count.sum(), 1)
+    metrics = {
+      "lm_loss": lm_loss,
+      "domain_loss_sum": sums.loss,
+      "domain_correct": sums.correct,
+      "domain_count": sums.count,
+    }
+    loss = lm_loss
+    if output.routing is not None:
+      balance_loss = losses.balance_loss(
+        output.routing, batch["segment_ids"], num_segments, balance
+      )
+      loss = loss + balance_weight * balance_loss
+      num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
+      routing = output.routing.sums
+      metrics |= {
+        "balance_loss": balance_loss,
+        "expert_load": routing.load.sum((1, 2)) / num_tokens,
+        "router_entropy": routing.entropy.sum((1, 2)) / num_tokens,
+      }
+    return loss, metrics | {"loss": loss}
+
+  def train_step(
+    trainable: state.Flat,
+    frozen: state.Flat,
+    opt_state: Any,
+    batch: Batch,
+    step: Int[Array, ""],
+  ) -> tuple[state.Flat, Any, Metrics]:
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, metrics), grads = grad_fn(trainable, frozen, batch, step)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
+    new_trainable = optax.apply_updates(trainable, updates)
+    keep = lambda new, old: jnp.where(is_finite, new, old)
+    return (
+      jax.tree.map(keep, new_trainable, trainable),
+      jax.tree.map(keep, new_opt_state, opt_state),
+      metrics
+      | {
+        "grad_norm": grad_norm,
+        "learning_rate": schedule(step),
+        "is_finite": is_finite,
+      },
+    )
+
+  return train_step
+
+
+def compile_step(
+  train_step: Callable,
+  optimizer: optax.GradientTransformation,
+  trainable: Mapping[str, jax.ShapeDtypeStruct],
+  frozen: Mapping[str, jax.ShapeDtypeStruct],
+  mesh: jax.sharding.Mesh,
+) -> tuple[Callable, dict[str, Any]]:
+  """`jax.jit` of the step with its shardings, from shapes alone.
+
+  Returns the jitted step and the shardings of trainable, frozen, opt_state
+  and batch by name. Trainable parameters and optimizer state are donated.
+  """
+  opt_shapes = jax.eval_shape(optimizer.init, dict(trainable))
+  shardings = {
+    "trainable": sharding.parameter_shardings(trainable, mesh),
+    "frozen": sharding.parameter_shardings(frozen, mesh),
+    "batch": sharding.batch_sharding(mesh),
+  }
+  shardings["opt_state"] = sharding.state_shardings(
+    opt_shapes, shardings["trainable"], mesh
+  )
+  replicated = sharding.replicated(mesh)
+  jitted = jax.jit(
+    train_step,
+    in_shardings=(
+      shardings["trainable"],
+      shardings["frozen"],
+      shardings["opt_state"],
+      shardings["batch"],
+      replicated,
+    ),
+    out_shardings=(
+      shardings["trainable"],
+      shardings["opt_state"],
+      replicated,
+    ),
+    donate_argnums=(0, 2),
+  )
+  return jitted, shardings
+
+
+def batch_shapes(
+  *,
+  batch_size: int,
+  max_length: int,
+  max_images: int,
+  max_segments: int,
+  image_size: int,
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and types of what the data pipeline hands to a step."""
+  tokens = jax.ShapeDtypeStruct((batch_size, max_length), jnp.int32)
+  images = (batch_size, max_images, image_size, image_size, 3)
+  return {
+    "input_ids": tokens,
+    "labels": tokens,
+    "positions": tokens,
+    "segment_ids": tokens,
+    "images": jax.ShapeDtypeStruct(images, jnp.uint8),
+    "domains": jax.ShapeDtypeStruct((batch_size, max_segments), jnp.int32),
+  }

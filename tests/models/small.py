@@ -1,0 +1,41 @@
+"""A whole model that compiles in a second, every parameter random."""
+
+import jax
+
+from mole_jax.models import llava
+from mole_jax.training import state
+
+VALUES = {
+  "vision": dict(
+    image_size=8,
+    patch_size=4,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+  ),
+  "decoder": dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+  ),
+  "lora": dict(rank=2, alpha=4.0, dropout=0.0),
+  "mole": dict(num_experts=3, rank=2, alpha=4.0, dropout=0.0),
+  "image_token_id": 3,
+}
+
+
+def make(seed=0, **changes):
+  """Configuration, model and parameters."""
+  config = llava.make_config(VALUES | changes)
+  shapes = state.parameter_shapes(config)
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  flat = {
+    name: 0.3 * jax.random.normal(key, leaf.shape)
+    for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
+  }
+  return config, llava.Llava(config), state.unflatten(flat)

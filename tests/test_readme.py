@@ -1,0 +1,85 @@
+"""The README's commands are those that run, and they do."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests import test_main
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
+MODULES = [line for line in COMMANDS if line.startswith("python -m mole_jax.")]
+
+
+def test_ci_calls_exactly_the_test_command():
+  (command,) = [line for line in COMMANDS if "pytest" in line]
+  assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_first_command_is_the_main_job():
+  assert COMMANDS[0].endswith(
+    ".venv/bin/python -m mole_jax.main --config=configs/mole3.py "
+    "--workdir=runs/mole3"
+  )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+  """The checkout with a place of its own for runs, and a small mole3."""
+  folder = tmp_path_factory.mktemp("readme")
+  for name in ("configs", "mole_jax"):
+    (folder / name).symlink_to(ROOT / name)
+  args = shlex.split(COMMANDS[0].split("&&")[-1].strip())[1:]
+  done = call(folder, args + test_main.SMALL)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return folder
+
+
+def call(folder, args):
+  return subprocess.run(
+    [sys.executable, *args],
+    cwd=folder,
+    env=test_main.environment() | {"PYTHONPATH": str(folder)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_the_other_commands_work_after_it(workplace):
+  assert len(MODULES) >= 4
+  for line in MODULES:
+    if "builders" in line:
+      continue  # Marked `rebuild`: it needs the packages.
+    args = shlex.split(line)[1:]
+    if "mole_jax.main" in line:
+      args += [a for a in test_main.SMALL if ".base." not in a]
+    if "mole_jax.evaluate" in line:
+      args += ["--max-questions", "4"]
+    done = call(workplace, args)
+    assert done.returncode == 0, line + done.stdout + done.stderr
+  assert (workplace / "runs" / "compare" / "index.html").exists()
+
+
+def test_the_notebook_example_works(workplace):
+  (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  picture = (
+    "from PIL import Image; Image.new('RGB', (96, 96), 'red')"
+    ".save('picture.png')\n"
+  )
+  done = call(workplace, ["-c", picture + code])
+  assert done.returncode == 0, done.stderr
+
+
+def test_every_file_of_the_layout_exists():
+  layout = README.split("## How it is laid out")[1].split("```")[1]
+  for name in re.findall(r"^  (\w+(?:\.py|/))", layout, re.MULTILINE):
+    assert (ROOT / "mole_jax" / name).exists(), name
+  assert os.access(ROOT / ".ci" / "run", os.X_OK)

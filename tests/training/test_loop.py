@@ -1,0 +1,166 @@
+"""What the loop promises: resume bitwise, frozen stays, nothing is lost."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mole_jax.training import checkpoint, loop, metrics, state
+from tests.training import small_run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  return small_run.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_base(config):
+  """A random base, as flat parameters."""
+  shapes = checkpoint.base_shapes(config)
+  keys = jax.random.split(jax.random.key(7), len(shapes))
+  return {
+    name: 0.2 * jax.random.normal(key, leaf.shape)
+    for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
+  }
+
+
+def assert_same(one, other):
+  assert one.keys() == other.keys()
+  for name in one:
+    np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["base", "mole"])
+def test_six_steps_equal_three_a_stop_and_three(name, text, tmp_path):
+  config = small_run.make_config()
+  base = make_base(config) if name == "mole" else None
+  whole, rows = small_run.train(config, name, tmp_path / "a", text, base)
+  small_run.train(config, name, tmp_path / "b", text, base, last_step=3)
+  assert checkpoint.list_steps(tmp_path / "b", name) == [3]
+  resumed, later = small_run.train(config, name, tmp_path / "b", text, base)
+  assert_same(whole, resumed)
+  assert rows[6]["loss"] == later[6]["loss"]
+  assert min(later) == 4
+
+
+def test_frozen_parameters_are_bitwise_unchanged_and_the_others_move(
+  text, tmp_path
+):
+  config = small_run.make_config()
+  base = make_base(config)
+  before = jax.tree.map(np.array, base)
+  after, _ = small_run.train(config, "mole", tmp_path, text, base)
+  patterns = config["stages"]["mole"]["trainable"]
+  trainable = state.is_trainable(list(after), patterns)
+  for name, is_trained in trainable.items():
+    if not is_trained:
+      np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    elif name in before:
+      assert np.any(np.asarray(after[name]) != before[name]), name
+  assert not trainable["decoder/layers/mlp/gate_proj/kernel"]
+  assert jnp.any(after["decoder/layers/mlp/gate_proj/lora_b"] != 0)
+
+
+def test_training_learns(text, tmp_path):
+  config = small_run.make_config(num_steps=60)
+  config["stages"]["base"]["optim"]["lr"] = 1e-2
+  _, rows = small_run.train(config, "base", tmp_path, text)
+  assert rows[60]["loss"] < 0.5 * rows[2]["loss"]
+
+
+def test_eight_devices_train_like_one_with_experts_sharded(text, tmp_path):
+  config = small_run.make_config()
+  config["model"]["lora"]["dropout"] = 0.0
+  config["model"]["mole"]["dropout"] = 0.0
+  config["model"]["mole"]["num_experts"] = 4
+  base = make_base(config)
+  _, one = small_run.train(config, "mole", tmp_path / "a", text, base)
+  config["mesh"] = dict(data=1, fsdp=2, expert=2, tensor=2)
+  start, _ = small_run.make_stage(config, "mole", 8).start(0, base)
+  leaf = start.trainable["decoder/layers/mlp/up_proj/lora_a"]
+  assert leaf.addressable_shards[0].data.shape[:2] == (2, 2)
+  _, eight = small_run.train(
+    config, "mole", tmp_path / "b", text, base, num_devices=8
+  )
+  for number in one:
+    for key in ("loss", "lm_loss", "balance_loss"):
+      assert eight[number][key] == pytest.approx(one[number][key], rel=1e-5)
+
+
+def test_a_non_finite_loss_names_the_step_and_spares_the_checkpoint(
+  text, tmp_path
+):
+  config = small_run.make_config()
+  small_run.train(config, "base", tmp_path, text, last_step=3)
+  good = checkpoint.list_steps(tmp_path, "base")
+  # Explodes in the first step after the checkpoint.
+  config["stages"]["base"]["optim"]["lr"] = 1e38
+  config["stages"]["base"]["optim"]["eps"] = 0.0
+  with pytest.raises(metrics.NonFiniteLossError, match="at step 5") as error:
+    small_run.train(config, "base", tmp_path, text)
+  assert error.value.step == 5
+  assert checkpoint.list_steps(tmp_path, "base") == good == [3]
+
+
+def test_a_non_finite_gradient_leaves_parameters_untouched(text):
+  config = small_run.make_config()
+  stage = small_run.make_stage(config, "base")
+  (trainable, opt_state), frozen = stage.start(0, None)
+  trainable["decoder/norm/scale"] = jnp.full(16, jnp.nan)
+  before = jax.tree.map(np.array, (trainable, opt_state))
+  batch = small_run.make_loader(config, "base", text).batch(0)
+  del batch["num_failed"]
+  new, new_opt, values = stage.train_step(
+    trainable, frozen, opt_state, batch, np.int32(0)
+  )
+  assert not values["is_finite"]
+  jax.tree.map(np.testing.assert_array_equal, (new, new_opt), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_rerun_goes_on(number, text, tmp_path):
+  config = small_run.make_config()
+  whole, _ = small_run.train(config, "base", tmp_path / "a", text)
+
+  def send(step):
+    if step == 2:
+      os.kill(os.getpid(), number)
+
+  with pytest.raises(loop.StoppedError) as error:
+    small_run.train(config, "base", tmp_path / "b", text, on_step=send)
+  assert error.value.saved_step in checkpoint.list_steps(tmp_path / "b", "base")
+  assert error.value.saved_step < 6
+  resumed, _ = small_run.train(config, "base", tmp_path / "b", text)
+  assert_same(whole, resumed)
+
+
+def test_metrics_have_one_line_a_window_even_after_a_resume(text, tmp_path):
+  config = small_run.make_config()
+  base = make_base(config)
+  small_run.train(config, "mole", tmp_path, text, base, last_step=5)
+  # As if the run had been killed after step 5, but saved only step 3.
+  small_run.train(config, "mole", tmp_path, text, base)
+  path = tmp_path / "mole" / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [row["step"] for row in rows] == [2, 4, 5, 6]
+  row = rows[0]
+  assert np.shape(row["expert_load"]) == (2, 3)
+  np.testing.assert_allclose(np.sum(row["expert_load"], axis=1), 1, rtol=1e-5)
+  assert all(0 < value <= np.log(3) + 1e-6 for value in row["router_entropy"])
+  assert row["loss"] == pytest.approx(
+    row["lm_loss"] + 1e-2 * row["balance_loss"], rel=1e-5
+  )
+  assert set(row["domain_loss"]) == set(small_run.DOMAINS)
+  assert 0 <= row["padding_share"] < 1
+  assert list((tmp_path / "mole" / "tensorboard").glob("events*"))
+
+
+def test_a_stage_that_freezes_what_no_base_gives_is_refused():
+  config = small_run.make_config()
+  stage = small_run.make_stage(config, "mole")
+  with pytest.raises(ValueError, match="freezes parameters that no base"):
+    stage.start(0, None)

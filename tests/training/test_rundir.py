@@ -1,0 +1,50 @@
+"""One config and one writer for a run directory."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mole_jax.training import rundir
+
+CONFIG = {"seed": 0, "model": {"rank": 4}, "log_every": 10}
+
+
+def test_another_config_is_refused_with_the_differences(tmp_path):
+  rundir.claim(tmp_path, CONFIG)
+  rundir.claim(tmp_path, CONFIG | {"log_every": 1})  # Changes no result.
+  other = {"seed": 1, "model": {"rank": 8, "alpha": 2}, "log_every": 10}
+  with pytest.raises(ValueError) as error:
+    rundir.claim(tmp_path, other)
+  lines = str(error.value).splitlines()[1:]
+  assert [line.strip() for line in lines] == [
+    "model.alpha: new",
+    "model.rank: 4 -> 8",
+    "seed: 0 -> 1",
+  ]
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path):
+  code = (
+    "import sys, pathlib\n"
+    "from mole_jax.training import rundir\n"
+    "lock = rundir.Lock(pathlib.Path(sys.argv[1])).__enter__()\n"
+    "print('held', flush=True)\n"
+    "sys.stdin.read()\n"
+  )
+  holder = subprocess.Popen(
+    [sys.executable, "-c", code, str(tmp_path)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert holder.stdout.readline().strip() == "held"
+  with (
+    pytest.raises(rundir.LockedError, match=f"process {holder.pid}"),
+    rundir.Lock(tmp_path),
+  ):
+    pass
+  holder.kill()
+  holder.communicate()
+  with rundir.Lock(tmp_path):
+    pass
