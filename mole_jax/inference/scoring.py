@@ -37,9 +37,13 @@ def evaluate_run(
   arguments are as for `evaluate`.
   """
   settings = config["evaluation"]
+  # In the order of data.domains; JSON and ConfigDict sort their keys.
+  names = settings["datasets"]
+  order = [d for d in config["data"]["domains"] if d in names]
+  order += [d for d in names if d not in order]
   datasets = {
-    domain: records.open_records(name, split or settings["split"])
-    for domain, name in settings["datasets"].items()
+    domain: records.open_records(names[domain], split or settings["split"])
+    for domain in order
   }
   return evaluate(
     model,
