@@ -4,7 +4,9 @@ python -m mole_jax.main --config=configs/dense.py --workdir=runs/dense \
     --config.base.path=runs/mole3/base
 
 y = W x + sum_j p_j E_j(x): top_k = num_experts and gate = "prob". The router
-learns from the language loss as well.
+learns from the language loss as well. 5 minutes on 2 CPU cores; accuracy
+general / document / biomedical, seed 0: 54.3 / 33.0 / 49.0, average 45.5, at
+commit 6e8d6e0.
 """
 
 import pathlib

@@ -25,7 +25,15 @@ from rich import table as rich_table
 from mole_jax.inference import pretrained, scoring
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.reporting import page
-from mole_jax.training import checkpoint, command_line, loop, metrics, rundir
+from mole_jax.training import base as base_lib
+from mole_jax.training import (
+  checkpoint,
+  command_line,
+  files,
+  loop,
+  metrics,
+  rundir,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with :variant.", lock_config=True
@@ -140,7 +148,7 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
     start = None if is_base else base
     base = _train(config, stage, loader, run, start, reference)
     if is_base:
-      checkpoint.write_base(run / "base", base)
+      base_lib.write_base(run / "base", base)
   _evaluate(config, run)
   path = page.write_report([run], run / "report")
   page.print_accuracy([run], console)
@@ -151,23 +159,23 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
 
 def _find_base(
   config: Mapping[str, Any], run: pathlib.Path
-) -> checkpoint.BaseReference | None:
+) -> base_lib.BaseReference | None:
   """The base of this run: its own (path relative to it), or one given."""
   given = config["base"]["path"]
   if given:
     path = pathlib.Path(given).absolute()
-    reference = checkpoint.read_base_reference(path)
+    reference = base_lib.read_reference(path)
     if reference is None:
       raise ValueError(
         f"config.base.path={given!r} holds no complete base "
-        f"({checkpoint.BASE_FILE} is missing); name a finished RUN/base."
+        f"({base_lib.BASE_FILE} is missing); name a finished RUN/base."
       )
     sha256 = config["base"]["sha256"] or reference.sha256
-    return checkpoint.BaseReference(str(path), sha256)
-  reference = checkpoint.read_base_reference(run / "base")
+    return base_lib.BaseReference(str(path), sha256)
+  reference = base_lib.read_reference(run / "base")
   if reference is None:
     return None
-  return checkpoint.BaseReference("base", reference.sha256)
+  return base_lib.BaseReference("base", reference.sha256)
 
 
 def _is_done(config: Mapping[str, Any], run: pathlib.Path, stage: str) -> bool:
@@ -205,7 +213,7 @@ def _train(
   loader: Any,
   run: pathlib.Path,
   base: Any,
-  reference: checkpoint.BaseReference | None,
+  reference: base_lib.BaseReference | None,
 ) -> Any:
   """Runs a stage behind a progress bar (or log lines, without a terminal)."""
   num_steps = stage.settings["num_steps"]
@@ -254,7 +262,11 @@ def _write_run(
   run: pathlib.Path,
   stages: Sequence[loop.Stage],
 ) -> None:
-  """What the report says of a run besides its metrics."""
+  """What the report says of a run besides its metrics.
+
+  A base that was given is another run's: this one has no curves of it.
+  """
+  stages = [s for s in stages if s.name != "base" or not config["base"]["path"]]
   counts = {
     stage.name: {
       group: {"trainable": trainable, "frozen": frozen}
@@ -262,7 +274,7 @@ def _write_run(
     }
     for stage in stages
   }
-  checkpoint.write_json(
+  files.write_json(
     run / "run.json",
     {
       "name": config["name"],
@@ -281,7 +293,7 @@ def _evaluate(config: Mapping[str, Any], run: pathlib.Path) -> None:
   stage = config["stage_names"][-1]
   done = config["stages"][stage]["num_steps"]
   if path.exists():
-    stored = checkpoint.read_json(path)
+    stored = files.read_json(path)
     if (stored["stage"], stored["step"]) == (stage, done):
       console.print(f"[green]evaluation stands[/] in {path.parent}")
       return

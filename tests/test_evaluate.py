@@ -8,7 +8,8 @@ import rich.console
 
 from mole_jax import evaluate
 from mole_jax.inference import pretrained
-from mole_jax.training import checkpoint, state
+from mole_jax.training import base as base_lib
+from mole_jax.training import checkpoint, files, state
 from tests.inference import tiny
 from tests.training import small_run
 
@@ -24,11 +25,11 @@ def run(tmp_path_factory):
   config["evaluation"]["max_new_tokens"] = 3
   config["evaluation"]["batch_size"] = 4
   assert text.vocab_size <= config["model"]["decoder"]["vocab_size"]
-  checkpoint.write_json(run / "config.json", config)
+  files.write_json(run / "config.json", config)
   params = tiny.make_params(state.model_config(config, "mole"))
-  base = {name: params[name] for name in checkpoint.base_shapes(config)}
-  written = checkpoint.write_base(run / "base", base)
-  reference = checkpoint.BaseReference("base", written.sha256)
+  base = {name: params[name] for name in base_lib.base_shapes(config)}
+  written = base_lib.write_base(run / "base", base)
+  reference = base_lib.BaseReference("base", written.sha256)
   trainable, _ = state.split(params, config["stages"]["mole"]["trainable"])
   with checkpoint.StageCheckpoints(run / "mole", 2) as checkpoints:
     meta = {"stage": "mole", "base": reference._asdict(), "step": 6}

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
 from tests import test_main
+from tests.interop import torch_models
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,12 +32,22 @@ def test_first_command_is_the_main_job():
   )
 
 
+# For the commands that start from a converted model, which has its own shape.
+FEW_STEPS = [
+  "--config.stages.mole.num_steps=2",
+  "--config.stages.mole.batch_size=2",
+  "--config.evaluation.max_new_tokens=2",
+  "--config.evaluation.max_questions=4",
+]
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
   """The checkout with a place of its own for runs, and a small mole3."""
   folder = tmp_path_factory.mktemp("readme")
   for name in ("configs", "mole_jax"):
     (folder / name).symlink_to(ROOT / name)
+  torch_models.save_for_embedded_data(folder / "path" / "to" / "llava")
   args = shlex.split(COMMANDS[0].split("&&")[-1].strip())[1:]
   done = call(folder, args + test_main.SMALL)
   assert done.returncode == 0, done.stdout + done.stderr
@@ -59,13 +71,21 @@ def test_the_other_commands_work_after_it(workplace):
     if "builders" in line:
       continue  # Marked `rebuild`: it needs the packages.
     args = shlex.split(line)[1:]
-    if "mole_jax.main" in line:
+    if "mole_jax.main" in line and "weights/" in line:
+      args += FEW_STEPS
+    elif "mole_jax.main" in line:
       args += [a for a in test_main.SMALL if ".base." not in a]
     if "mole_jax.evaluate" in line:
       args += ["--max-questions", "4"]
     done = call(workplace, args)
     assert done.returncode == 0, line + done.stdout + done.stderr
   assert (workplace / "runs" / "compare" / "index.html").exists()
+  exported = workplace / "exported"
+  transformers.LlavaForConditionalGeneration.from_pretrained(exported / "plain")
+  model = transformers.AutoModelForImageTextToText.from_pretrained(
+    exported / "mole3", trust_remote_code=True
+  )
+  assert model.config.num_experts == 3
 
 
 def test_the_notebook_example_works(workplace):

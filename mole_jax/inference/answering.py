@@ -10,7 +10,7 @@ import rich.progress
 from jaxtyping import Int, UInt8
 
 from mole_jax.data import conversation, images, records
-from mole_jax.inference import generate, pretrained
+from mole_jax.inference import generator, pretrained
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def answer(
 
 
 def _experts(
-  model: pretrained.Model, prompt: generate.Prompt, said: generate.Answer
+  model: pretrained.Model, prompt: generator.Prompt, said: generator.Answer
 ) -> Int[np.ndarray, "L N topk"]:
   if said.prompt_experts is None:
     num_tokens = len(prompt.input_ids) + len(said.tokens)
@@ -107,13 +107,15 @@ def _experts(
   return np.concatenate([said.prompt_experts, said.token_experts], axis=1)
 
 
-def _prompt(model: pretrained.Model, question: Question) -> generate.Prompt:
+def _prompt(model: pretrained.Model, question: Question) -> generator.Prompt:
   markers = f"{conversation.IMAGE_MARKER}\n" * len(question.pixels)
   turn = {"from": "human", "value": markers + question.text}
   return model.encode_prompt([turn], question.pixels)
 
 
-def _blank(model: pretrained.Model, prompt: generate.Prompt) -> generate.Prompt:
+def _blank(
+  model: pretrained.Model, prompt: generator.Prompt
+) -> generator.Prompt:
   """The same prompt, its images all of the normalisation's mean colour."""
   mean = np.array(model.config["data"]["image_mean"])
   colour = np.round(255 * mean).astype(np.uint8)

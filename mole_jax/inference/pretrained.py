@@ -15,6 +15,7 @@ from PIL import Image
 from mole_jax.data import conversation
 from mole_jax.data import tokenizer as tokenizer_lib
 from mole_jax.inference import generate as generate_lib
+from mole_jax.inference import generator as generator_lib
 from mole_jax.inference import inputs
 from mole_jax.models import llava
 from mole_jax.training import checkpoint, loop, state, step
@@ -85,7 +86,7 @@ class Model:
     self.model_config = state.model_config(config, stage)
     data = config["data"]
     vocab_size = self.model_config.decoder.vocab_size
-    self.generator = generate_lib.Generator(
+    self.generator = generator_lib.Generator(
       self.model_config,
       self.params,
       eos_id=tokenizer.eos_id,
@@ -241,7 +242,7 @@ class Model:
 
   def encode_prompt(
     self, turns: Turns, pixels: UInt8[np.ndarray, "M H W 3"]
-  ) -> generate_lib.Prompt:
+  ) -> generator_lib.Prompt:
     """The row to answer; `turns` has a marker for each of its images."""
     data = self.config["data"]
     ids = conversation.encode_prompt(
@@ -251,10 +252,10 @@ class Model:
       system=data["system"],
       use_bos=data["use_bos"],
     )
-    return generate_lib.Prompt(ids, pixels)
+    return generator_lib.Prompt(ids, pixels)
 
   def _routing(
-    self, row: generate_lib.Prompt, answer: str | None = None
+    self, row: generator_lib.Prompt, answer: str | None = None
   ) -> TokenRouting:
     """Expert choice for an encoded prompt and the answer that follows it."""
     ids = row.input_ids
@@ -265,7 +266,7 @@ class Model:
     if self.num_experts > 1:
       num_images = len(row.images)
       # Padded to the lengths of generation: one program for many lengths.
-      width = generate_lib.bucket(len(ids))
+      width = generator_lib.bucket(len(ids))
       padded = np.full((1, width), self.tokenizer.pad_id, np.int32)
       padded[0, : len(ids)] = ids
       pixels = None
@@ -281,7 +282,7 @@ class Model:
     texts = inputs.token_texts(self.tokenizer, ids)
     return TokenRouting(texts, is_image, chosen)
 
-  def _prompts(self, prompts, images) -> list[generate_lib.Prompt]:
+  def _prompts(self, prompts, images) -> list[generator_lib.Prompt]:
     size = self.model_config.vision.image_size
     return [
       self.encode_prompt(turns, inputs.stack(pictures, size))

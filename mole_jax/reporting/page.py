@@ -337,13 +337,19 @@ def _samples(runs: Sequence[runs_lib.Run], picture) -> str:
 def _settings_table(
   runs: Sequence[runs_lib.Run], rows: dict[str, Sequence[str]]
 ) -> str:
-  head = "".join(f'<th scope="col">{html.escape(r.label)}</th>' for r in runs)
-  body = "".join(
-    f'<tr><th scope="row">{html.escape(key)}</th>'
-    + "".join(f'<td class="setting">{html.escape(v)}</td>' for v in values)
-    + "</tr>"
-    for key, values in rows.items()
-  )
+  """A column for each name; where its runs differ, their values in turn."""
+  groups = runs_lib.group_runs(runs)
+  head = "".join(f'<th scope="col">{html.escape(g.label)}</th>' for g in groups)
+  body = ""
+  for key, values in rows.items():
+    by_name: dict[str, dict[str, None]] = {g.name: {} for g in groups}
+    for run, value in zip(runs, values, strict=True):
+      by_name[run.name][value] = None
+    cells = "".join(
+      f'<td class="setting">{html.escape("; ".join(distinct))}</td>'
+      for distinct in by_name.values()
+    )
+    body += f'<tr><th scope="row">{html.escape(key)}</th>{cells}</tr>'
   return (
     '<div class="scroll"><table class="facts"><thead><tr><th></th>'
     f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -369,8 +375,10 @@ def _show(value: Any) -> str:
     return "–"
   if isinstance(value, int) and not isinstance(value, bool):
     return f"{value:,}"
-  if isinstance(value, dict):
-    return ", ".join(f"{key} {_show(entry)}" for key, entry in value.items())
+  if isinstance(value, dict):  # Counts: "1,548 trainable".
+    return ", ".join(
+      f"{_show(entry)} {key}" for key, entry in value.items() if entry
+    )
   return str(value)
 
 

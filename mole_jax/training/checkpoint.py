@@ -8,27 +8,16 @@ A checkpoint never holds the frozen base: its `meta` names the base by path
 and hash, and the hash is verified before use.
 """
 
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from mole_jax.training import state
-
-BASE_FILE = "base.json"
-
-
-class BaseReference(NamedTuple):
-  """A base by place and content. `path` may be relative to the run."""
-
-  path: str
-  sha256: str
+from mole_jax.training import base as base_lib
+from mole_jax.training import files, state
 
 
 class ReadModel(NamedTuple):
@@ -40,120 +29,15 @@ class ReadModel(NamedTuple):
   params: state.Flat
 
 
-def digest(flat: Mapping[str, Any]) -> str:
-  """SHA-256 over names, types, shapes and bytes, in order of names."""
-  sha = hashlib.sha256()
-  for name in sorted(flat):
-    leaf = np.ascontiguousarray(jax.device_get(flat[name]))
-    sha.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
-    sha.update(leaf.view(np.uint8).data if leaf.size else b"")
-  return sha.hexdigest()
+class TrainedModel(NamedTuple):
+  """A stage's trained parameters, and where the frozen ones are."""
 
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON so that the file is whole or absent."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(path.name + ".partial")
-  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  os.replace(temporary, path)
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Reads JSON; ValueError that names the file if it is broken."""
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not valid JSON: {error}.") from None
-
-
-def write_base(directory: pathlib.Path, flat: state.Flat) -> BaseReference:
-  """Writes a base once; the JSON file, written last, says it is complete."""
-  directory = directory.absolute()
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(directory / "params", state.unflatten(flat), force=True)
-  sha256 = digest(flat)
-  sizes = {
-    name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    for name, leaf in sorted(flat.items())
-  }
-  write_json(directory / BASE_FILE, {"sha256": sha256, "parameters": sizes})
-  return BaseReference(str(directory), sha256)
-
-
-def read_base_reference(directory: pathlib.Path) -> BaseReference | None:
-  """The base that stands in a directory, None if there is no complete one."""
-  path = directory / BASE_FILE
-  if not path.exists():
-    return None
-  return BaseReference(str(directory), read_json(path)["sha256"])
-
-
-def read_base(
-  directory: pathlib.Path,
-  shapes: Mapping[str, jax.ShapeDtypeStruct],
-  expected_sha256: str,
-) -> state.Flat:
-  """Reads a base and verifies its hash.
-
-  `shapes` names what the model wants (with shardings, or none for the first
-  device); types are those stored. Raises ValueError where the base is absent,
-  holds other parameters (all are listed) or has another hash.
-  """
-  directory = directory.absolute()
-  reference = read_base_reference(directory)
-  if reference is None:
-    raise ValueError(
-      f"{directory} holds no complete base ({BASE_FILE} is missing); name a "
-      "finished RUN/base in config.base.path, or let the run train its own."
-    )
-  stored = read_json(directory / BASE_FILE)["parameters"]
-  problems = [f"missing {name}" for name in shapes if name not in stored]
-  problems += [f"unknown {name}" for name in stored if name not in shapes]
-  problems += [
-    f"{name} is {stored[name]['shape']}, wanted {list(leaf.shape)}"
-    for name, leaf in shapes.items()
-    if name in stored and stored[name]["shape"] != list(leaf.shape)
-  ]
-  if problems:
-    raise ValueError(
-      f"the base in {directory} does not fit config.model:\n  "
-      + "\n  ".join(problems)
-    )
-  wanted = {
-    name: jax.ShapeDtypeStruct(
-      leaf.shape, stored[name]["dtype"], sharding=leaf.sharding
-    )
-    for name, leaf in shapes.items()
-  }
-  with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore(
-      directory / "params", state.unflatten(_placed(wanted))
-    )
-  flat = state.flatten(tree)
-  found = digest(flat)
-  for place, expected in (
-    (BASE_FILE, reference.sha256),
-    ("the run that refers to it", expected_sha256),
-  ):
-    if expected and found != expected:
-      raise ValueError(
-        f"the base in {directory} has sha256 {found}, but {place} says "
-        f"{expected}: it was changed or damaged; restore it or train anew."
-      )
-  return flat
-
-
-def _placed(
-  shapes: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Puts leaves without a sharding on the first device."""
-  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return {
-    name: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=leaf.sharding or first
-    )
-    for name, leaf in shapes.items()
-  }
+  config: dict[str, Any]
+  stage: str
+  step: int
+  trainable: state.Flat
+  frozen: tuple[str, ...]
+  base: base_lib.BaseReader | None
 
 
 class StageCheckpoints:
@@ -228,7 +112,9 @@ class StageCheckpoints:
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        trainable=ocp.args.StandardRestore(state.unflatten(_placed(shapes))),
+        trainable=ocp.args.StandardRestore(
+          state.unflatten(base_lib.placed(shapes))
+        ),
         meta=ocp.args.JsonRestore(),
       ),
     )
@@ -264,7 +150,7 @@ def _resolve(path: pathlib.Path) -> tuple[pathlib.Path, dict, str, int]:
   if not path.exists():
     raise ValueError(f"{path} does not exist; name a run directory.")
   run, parts = _find_run(path.absolute())
-  config = read_json(run / "config.json")
+  config = files.read_json(run / "config.json")
   stages = list(config["stage_names"])
   if parts and parts[0] not in stages:
     raise ValueError(f"{run} has the stages {stages}, not {parts[0]!r}.")
@@ -284,11 +170,10 @@ def _resolve(path: pathlib.Path) -> tuple[pathlib.Path, dict, str, int]:
   return run, config, stage, int(parts[2]) if len(parts) > 2 else steps[-1]
 
 
-def read_model(path: str | os.PathLike) -> ReadModel:
-  """Reads the model that a run directory, a stage or a step of it holds.
+def read_trained(path: str | os.PathLike) -> TrainedModel:
+  """Reads what a stage trained, and finds the base that holds the rest.
 
-  Without a step: the newest of the last stage that has one. Raises ValueError
-  where there is nothing to read, or the base has changed since.
+  `path` as for `read_model`, whose errors it raises.
   """
   run, config, stage, step = _resolve(pathlib.Path(path))
   shapes = state.parameter_shapes(state.model_config(config, stage))
@@ -296,16 +181,28 @@ def read_model(path: str | os.PathLike) -> ReadModel:
   trainable, frozen = state.split(shapes, patterns)
   with StageCheckpoints(run / stage) as checkpoints:
     params, meta = checkpoints.restore_trainable(step, trainable)
+  base = None
   if frozen:
-    base = meta["base"]
-    flat = read_base(run / base["path"], base_shapes(config), base["sha256"])
-    params |= {name: flat[name] for name in frozen}
-  return ReadModel(config, stage, step, params)
+    directory = run / meta["base"]["path"]
+    base = base_lib.BaseReader(directory, meta["base"]["sha256"])
+  return TrainedModel(config, stage, step, params, tuple(frozen), base)
 
 
-def base_shapes(
-  config: Mapping[str, Any],
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Names and shapes of the base: the model without any adapter."""
-  values = {**config, "stages": {"base": {"use_adapters": False}}}
-  return state.parameter_shapes(state.model_config(values, "base"))
+def read_model(path: str | os.PathLike) -> ReadModel:
+  """Reads the model that a run directory, a stage or a step of it holds.
+
+  Without a step: the newest of the last stage that has one. Raises ValueError
+  where there is nothing to read, or the base has changed since.
+  """
+  trained = read_trained(path)
+  params = dict(trained.trainable)
+  if trained.base is not None:
+    shapes = base_lib.base_shapes(trained.config)
+    flat = base_lib.read_base(
+      trained.base.directory,
+      shapes,
+      trained.base.about["sha256"],
+      optional=trained.trainable,
+    )
+    params |= {name: flat[name] for name in trained.frozen}
+  return ReadModel(trained.config, trained.stage, trained.step, params)

@@ -13,6 +13,7 @@ import numpy as np
 from mole_jax.data import mixture, pipeline, tokenizer
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
+from mole_jax.training import base as base_lib
 from mole_jax.training import checkpoint, metrics, optim, state, step
 
 # Positions whose logits exist at one time, in each row of a batch.
@@ -217,7 +218,7 @@ def run_stage(
   loader: pipeline.Loader,
   run: pathlib.Path,
   base: state.Flat | None,
-  base_reference: checkpoint.BaseReference | None,
+  base_reference: base_lib.BaseReference | None,
   on_log: Callable[[int, dict[str, Any]], None],
   on_step: Callable[[int], None],
   last_step: int | None = None,
@@ -326,14 +327,42 @@ def _to_devices(
 def load_base(
   stage: Stage, config: Mapping[str, Any], directory: pathlib.Path, sha256: str
 ) -> state.Flat:
-  """Reads a base onto the mesh of a stage, verified by its hash."""
-  shapes = checkpoint.base_shapes(config)
+  """Reads a base onto the mesh of a stage, verified by its hash.
+
+  What the stage trains may be absent. Raises ValueError where the base is not
+  that of config.model.
+  """
+  _check_settings(config["model"], base_lib.BaseReader(directory))
+  shapes = base_lib.base_shapes(config)
   places = sharding.parameter_shardings(shapes, stage.mesh)
   shapes = {
     name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
     for name, leaf in shapes.items()
   }
-  return checkpoint.read_base(directory, shapes, sha256)
+  return base_lib.read_base(
+    directory, shapes, sha256, optional=stage.trainable_shapes
+  )
+
+
+def _check_settings(
+  model: Mapping[str, Any], reader: base_lib.BaseReader
+) -> None:
+  """Compares what a converted base says of itself: shapes do not tell all.
+
+  Which layer's features are used is the user's choice.
+  """
+  problems = [
+    f"{section}.{key} is {model[section][key]!r}, the base's {value!r}"
+    for section in ("vision", "decoder")
+    for key, value in reader.about.get("model", {}).get(section, {}).items()
+    if key != "feature_layer" and model[section][key] != value
+  ]
+  if problems:
+    raise ValueError(
+      f"config.model is not that of the base in {reader.directory}:\n  "
+      + "\n  ".join(problems)
+      + f"\n--config=configs/mole3.py:{reader.directory} takes it from there."
+    )
 
 
 def read_tokenizer(config: Mapping[str, Any]) -> tokenizer.Tokenizer:

@@ -3,11 +3,34 @@
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-import tensorboardX
+
+
+def _import_tensorboard() -> ModuleType:
+  """tensorboardX, kept from importing PyTorch.
+
+  Where PyTorch is installed it would be loaded to recognise its tensors, at
+  the cost of seconds and hundreds of megabytes; we write plain numbers.
+  """
+  present = "torch" in sys.modules
+  torch = sys.modules.get("torch")
+  sys.modules["torch"] = None  # type: ignore[assignment]
+  try:
+    import tensorboardX
+  finally:
+    if present:
+      sys.modules["torch"] = torch
+    else:
+      del sys.modules["torch"]
+  return tensorboardX
+
+
+tensorboard = _import_tensorboard()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -122,7 +145,7 @@ class Writer:
           kept.append(line + "\n")
     path.write_text("".join(kept))
     self._file = path.open("a")
-    self._board = tensorboardX.SummaryWriter(
+    self._board = tensorboard.SummaryWriter(
       str(directory / "tensorboard"), purge_step=start_step + 1
     )
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mole_jax.training import checkpoint
+from mole_jax.training import files
 
 # Settings that change nothing about the result: free to differ on a rerun.
 FREE = ("log_every", "checkpoint_every", "max_checkpoints", "num_workers")
@@ -81,10 +81,10 @@ def claim(run: pathlib.Path, config: Mapping[str, Any]) -> None:
   """
   path = run / "config.json"
   if path.exists():
-    lines = differences(checkpoint.read_json(path), config)
+    lines = differences(files.read_json(path), config)
     if lines:
       raise ValueError(
         f"{run} holds a run of another config; choose another --workdir, or "
         "undo these differences (workdir -> now):\n  " + "\n  ".join(lines)
       )
-  checkpoint.write_json(path, config)
+  files.write_json(path, config)

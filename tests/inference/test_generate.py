@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mole_jax.inference import generate
+from mole_jax.inference import generator as generator_lib
 from mole_jax.models import llava
 from mole_jax.training import state, step
 from tests.inference import tiny
@@ -29,7 +30,7 @@ def make(num_experts):
   params["decoder"]["embed_tokens"] *= 4
   for projection in params["decoder"]["layers"]["self_attn"].values():
     projection["kernel"] *= 3
-  generator = generate.Generator(
+  generator = generator_lib.Generator(
     config,
     params,
     eos_id=EOS,
@@ -48,7 +49,7 @@ def make_prompts():
   for num_text, num_images in ((3, 0), (5, 1), (2, 1), (9, 2), (30, 0)):
     ids = [1, *[IMAGE] * 6 * num_images, *rng.integers(4, 38, num_text)]
     pixels = rng.integers(0, 256, (num_images, 8, 8, 3), dtype=np.uint8)
-    prompts.append(generate.Prompt(np.array(ids, np.int32), pixels))
+    prompts.append(generator_lib.Prompt(np.array(ids, np.int32), pixels))
   return prompts
 
 
@@ -257,7 +258,7 @@ def test_temperature_divides_logits():
   ],
 )
 def test_buckets(length, lengths, wanted):
-  assert generate.bucket(length, lengths) == wanted
+  assert generator_lib.bucket(length, lengths) == wanted
 
 
 @pytest.mark.parametrize(

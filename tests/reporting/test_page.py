@@ -132,7 +132,7 @@ def test_runs_stand_side_by_side_with_what_differs(text):
   assert "model.mole.num_experts" in text
   # Parameter counts of run.json.
   assert "parameters.mole.lora" in text
-  assert "trainable 1,234,567, frozen 7,654,321" in text
+  assert "1,234,567 trainable, 7,654,321 frozen" in text
   assert "One expert (plain LoRA)" in text
 
 

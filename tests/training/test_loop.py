@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mole_jax.training import base as base_lib
 from mole_jax.training import checkpoint, loop, metrics, state
 from tests.training import small_run
 
@@ -20,7 +21,7 @@ def text(tmp_path_factory):
 
 def make_base(config):
   """A random base, as flat parameters."""
-  shapes = checkpoint.base_shapes(config)
+  shapes = base_lib.base_shapes(config)
   keys = jax.random.split(jax.random.key(7), len(shapes))
   return {
     name: 0.2 * jax.random.normal(key, leaf.shape)

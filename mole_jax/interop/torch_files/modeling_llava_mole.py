@@ -1,0 +1,182 @@
+"""LLaVA with a mixture of LoRA experts in the decoder's MLPs (LLaVA-MoLE).
+
+Chen et al. 2024, arXiv 2401.16160. Written beside the weights by mole_jax.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from .configuration_llava_mole import LlavaMoleConfig
+
+
+class LlavaMoleProjector(LlavaMultiModalProjector):
+  """The projector, its patches wrapped in visual_start and visual_end."""
+
+  def __init__(self, config: LlavaMoleConfig):
+    super().__init__(config)
+    width = config.text_config.hidden_size
+    self.visual_start = nn.Parameter(torch.zeros(width))
+    self.visual_end = nn.Parameter(torch.zeros(width))
+
+  def forward(self, image_features):
+    x = super().forward(image_features)
+    start, end = (
+      token.to(x.dtype).expand(x.shape[0], 1, -1)
+      for token in (self.visual_start, self.visual_end)
+    )
+    return torch.cat([start, x, end], dim=1)
+
+
+class LoraLinear(nn.Linear):
+  """W x + (alpha / r) B A dropout(x)."""
+
+  def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+    super().__init__(base.in_features, base.out_features, bias=False)
+    self.weight = base.weight
+    self.lora_a = nn.Parameter(torch.zeros(rank, base.in_features))
+    self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
+    self.scale = alpha / rank
+    self.dropout = dropout
+
+  def forward(self, x):
+    z = functional.dropout(x, self.dropout, self.training)
+    z = functional.linear(z, self.lora_a.to(x.dtype)) * self.scale
+    return super().forward(x) + functional.linear(z, self.lora_b.to(x.dtype))
+
+
+class ExpertsLinear(nn.Linear):
+  """W x + sum_e w_e (alpha / r) B_e A_e dropout(x); w is 0 where not chosen."""
+
+  def __init__(self, base: nn.Linear, config: LlavaMoleConfig):
+    super().__init__(base.in_features, base.out_features, bias=False)
+    self.weight = base.weight
+    count, rank = config.num_experts, config.expert_rank
+    self.lora_a = nn.Parameter(torch.zeros(count, rank, base.in_features))
+    self.lora_b = nn.Parameter(torch.zeros(count, base.out_features, rank))
+    self.scale = config.expert_alpha / rank
+    self.dropout = config.expert_dropout
+
+  def forward(self, x, weights):
+    z = functional.dropout(x, self.dropout, self.training)
+    z = torch.einsum("btd,erd->bter", z, self.lora_a.to(x.dtype))
+    z = z * (weights * self.scale).to(x.dtype)[..., None]
+    delta = torch.einsum("bter,efr->btf", z, self.lora_b.to(x.dtype))
+    return super().forward(x) + delta
+
+
+class MoleMlp(nn.Module):
+  """SwiGLU whose gate, up and down are served by the same expert.
+
+  `probs` [B, T, E] and `chosen` [B, T, k] of the latest call stay readable.
+  """
+
+  def __init__(self, base: nn.Module, config: LlavaMoleConfig):
+    super().__init__()
+    self.config = config
+    for name in ("gate_proj", "up_proj", "down_proj"):
+      setattr(self, name, ExpertsLinear(getattr(base, name), config))
+    self.shared_router = None
+    if config.num_experts > 1 and config.router_scope == "layer":
+      self.router = nn.Linear(base.gate_proj.in_features, config.num_experts)
+    self.probs = self.chosen = None
+
+  def _weights(self, x):
+    c = self.config
+    if c.num_experts == 1:
+      return x.new_ones(*x.shape[:-1], 1)
+    # A list hides the shared router: it is a parameter of the decoder's.
+    router = self.shared_router[0] if self.shared_router else self.router
+    logits = functional.linear(
+      x.float(), router.weight.float(), router.bias.float()
+    )
+    self.probs = logits.softmax(-1)
+    self.chosen = self.probs.topk(c.top_k, dim=-1).indices
+    mask = torch.zeros_like(self.probs).scatter(-1, self.chosen, 1.0)
+    if c.gate == "none":
+      return mask
+    if c.gate == "prob":
+      return mask * self.probs
+    return mask * (1.0 + self.probs - self.probs.detach())
+
+  def forward(self, x):
+    weights = self._weights(x)
+    gate, up = self.gate_proj(x, weights), self.up_proj(x, weights)
+    return self.down_proj(functional.silu(gate) * up, weights)
+
+
+class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
+  """LLaVA whose decoder carries LoRA and a mixture of LoRA experts."""
+
+  config_class = LlavaMoleConfig
+
+  def __init__(self, config: LlavaMoleConfig):
+    super().__init__(config)
+    if config.use_visual_tokens:
+      self.model.multi_modal_projector = LlavaMoleProjector(config)
+    decoder = self.model.language_model
+    shared = None
+    if config.num_experts > 1 and config.router_scope == "shared":
+      width = config.text_config.hidden_size
+      decoder.router = nn.Linear(width, config.num_experts)
+      shared = [decoder.router]
+    for layer in decoder.layers:
+      if config.lora_rank:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+          base = getattr(layer.self_attn, name)
+          lora = LoraLinear(
+            base, config.lora_rank, config.lora_alpha, config.lora_dropout
+          )
+          setattr(layer.self_attn, name, lora)
+      if config.num_experts:
+        layer.mlp = MoleMlp(layer.mlp, config)
+        layer.mlp.shared_router = shared
+    self.post_init()
+
+  def routing(self):
+    """Experts of the latest call: chosen [layer, B, T, k], probs [..., E]."""
+    mlps = [layer.mlp for layer in self.model.language_model.layers]
+    return (
+      torch.stack([mlp.chosen for mlp in mlps]),
+      torch.stack([mlp.probs for mlp in mlps]),
+    )
+
+  def balance_loss(self, attention_mask):
+    """The balance loss of the latest call; padding is not counted."""
+    chosen, probs = self.routing()
+    num_experts = probs.shape[-1]
+    mask = attention_mask.to(probs.dtype)[None, ..., None]
+    load = functional.one_hot(chosen, num_experts).to(probs.dtype).mean(-2)
+    load, probs = load * mask, probs * mask
+    tokens = attention_mask.sum(1).clamp(min=1)
+    if self.config.balance == "pooled":
+      count = (len(probs) * tokens)[:, None]
+      product = (probs.sum((0, 2)) / count) * (load.sum((0, 2)) / count)
+      return product.sum(-1).mean()
+    count = attention_mask.sum()
+    product = (probs.sum((1, 2)) / count) * (load.sum((1, 2)) / count)
+    return num_experts * product.sum(-1).mean()
+
+  def forward(
+    self,
+    input_ids=None,
+    pixel_values=None,
+    attention_mask=None,
+    labels=None,
+    **kwargs,
+  ):
+    output = super().forward(
+      input_ids=input_ids,
+      pixel_values=pixel_values,
+      attention_mask=attention_mask,
+      labels=labels,
+      **kwargs,
+    )
+    if labels is not None and self.config.num_experts > 1:
+      if attention_mask is None:
+        attention_mask = torch.ones_like(labels)
+      balance = self.balance_loss(attention_mask)
+      output.loss = output.loss + self.config.balance_weight * balance
+    return output

@@ -1,0 +1,258 @@
+"""The base: frozen parameters, written once, referred to by path and hash.
+
+    DIR/params/000/, 001/ ...    Orbax checkpoints of some parameters each
+    DIR/base.json                what is in which, hashes; written last
+
+Parts are small enough that a base of any size can be written parameter by
+parameter.
+"""
+
+import hashlib
+import pathlib
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mole_jax.training import files, state
+
+BASE_FILE = "base.json"
+PART_BYTES = 256 * 2**20  # A part holds at least one parameter.
+
+
+class BaseReference(NamedTuple):
+  """A base by place and content. `path` may be relative to the run."""
+
+  path: str
+  sha256: str
+
+
+def digest(leaf: Any) -> str:
+  """SHA-256 of one parameter's type, shape and bytes."""
+  array = np.ascontiguousarray(jax.device_get(leaf))
+  sha = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
+  sha.update(array.reshape(-1).view(np.uint8).data)
+  return sha.hexdigest()
+
+
+def _digest_of_all(entries: Mapping[str, Mapping[str, Any]]) -> str:
+  lines = [f"{name} {entries[name]['sha256']}\n" for name in sorted(entries)]
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_base(
+  directory: pathlib.Path,
+  parameters: Mapping[str, Any] | Iterable[tuple[str, Any]],
+  about: Mapping[str, Any] | None = None,
+) -> BaseReference:
+  """Writes a base; base.json, written last, says that it is complete.
+
+  Args:
+    directory: where to write; a base that stands there is replaced.
+    parameters: arrays by path. Pairs are taken one at a time and let go once
+      written, so that a generator may produce more than memory holds.
+    about: what else base.json says, such as where the base came from.
+  """
+  directory = directory.absolute()
+  (directory / BASE_FILE).unlink(missing_ok=True)
+  if (directory / "params").exists():
+    shutil.rmtree(directory / "params")
+  pairs = parameters.items() if isinstance(parameters, Mapping) else parameters
+  entries: dict[str, dict[str, Any]] = {}
+  part: dict[str, Any] = {}
+  num_parts = 0
+  with ocp.StandardCheckpointer() as checkpointer:
+
+    def flush() -> None:
+      nonlocal num_parts
+      if part:
+        path = directory / "params" / f"{num_parts:03d}"
+        checkpointer.save(
+          path, {_key(name): leaf for name, leaf in part.items()}
+        )
+        checkpointer.wait_until_finished()
+        num_parts += 1
+        part.clear()
+
+    for name, leaf in pairs:
+      if part and _num_bytes(part.values()) + leaf.nbytes > PART_BYTES:
+        flush()
+      part[name] = leaf
+      entries[name] = {
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype),
+        "sha256": digest(leaf),
+        "part": num_parts,
+      }
+      del leaf
+    flush()
+  sha256 = _digest_of_all(entries)
+  values = {**(about or {}), "sha256": sha256, "parameters": entries}
+  files.write_json(directory / BASE_FILE, values)
+  return BaseReference(str(directory), sha256)
+
+
+def _num_bytes(leaves: Iterable[Any]) -> int:
+  return sum(leaf.nbytes for leaf in leaves)
+
+
+def _key(name: str) -> str:
+  """Orbax makes folders of slashes."""
+  return name.replace("/", ".")
+
+
+def read_reference(directory: pathlib.Path) -> BaseReference | None:
+  """The base that stands in a directory, None if there is no complete one."""
+  path = directory / BASE_FILE
+  if not path.exists():
+    return None
+  return BaseReference(str(directory), files.read_json(path)["sha256"])
+
+
+class BaseReader:
+  """A base on disk: what it holds, and its parameters a part at a time.
+
+  Raises ValueError where the base is absent or has another hash than
+  `expected_sha256` ("": any).
+  """
+
+  about: dict[str, Any]
+  parameters: dict[str, dict[str, Any]]  # Path -> shape, dtype, sha256, part.
+
+  def __init__(self, directory: pathlib.Path, expected_sha256: str = ""):
+    self.directory = directory.absolute()
+    path = self.directory / BASE_FILE
+    if not path.exists():
+      raise ValueError(
+        f"{self.directory} holds no complete base ({BASE_FILE} is missing); "
+        "name a finished RUN/base in config.base.path, or let the run train "
+        "its own."
+      )
+    self.about = files.read_json(path)
+    self.parameters = self.about["parameters"]
+    sha256 = self.about["sha256"]
+    if expected_sha256 and sha256 != expected_sha256:
+      raise ValueError(
+        f"the base in {self.directory} has sha256 {sha256}, but the run that "
+        f"refers to it says {expected_sha256}: it was changed; restore it or "
+        "train anew."
+      )
+    if _digest_of_all(self.parameters) != sha256:
+      raise ValueError(
+        f"{path} was changed or damaged: its hashes do not add up; restore it "
+        "or train anew."
+      )
+
+  def parts(self) -> list[list[str]]:
+    """Parameters by part, in the order of writing."""
+    count = 1 + max(entry["part"] for entry in self.parameters.values())
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for name, entry in self.parameters.items():
+      parts[entry["part"]].append(name)
+    return parts
+
+  def read_part(
+    self, number: int, shardings: Mapping[str, Any] | None = None
+  ) -> state.Flat:
+    """The parameters of a part, verified; without shardings, on one device."""
+    names = self.parts()[number]
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+      _key(name): jax.ShapeDtypeStruct(
+        self.parameters[name]["shape"],
+        self.parameters[name]["dtype"],
+        sharding=(shardings[name] if shardings else None) or first,
+      )
+      for name in names
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+      path = self.directory / "params" / f"{number:03d}"
+      tree = checkpointer.restore(path, wanted)
+    flat = {name: tree[_key(name)] for name in names}
+    damaged = [
+      name
+      for name, leaf in flat.items()
+      if digest(leaf) != self.parameters[name]["sha256"]
+    ]
+    if damaged:
+      raise ValueError(
+        f"the base in {self.directory} was changed or damaged: "
+        f"{', '.join(damaged)} does not have its sha256; restore it or train "
+        "anew."
+      )
+    return flat
+
+
+def read_base(
+  directory: pathlib.Path,
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  expected_sha256: str,
+  optional: Collection[str] = (),
+) -> state.Flat:
+  """Reads a base and verifies its hashes.
+
+  Args:
+    directory: where it is.
+    shapes: what the model wants, with shardings, or none for the first
+      device; types are those stored.
+    expected_sha256: of the base; "" for any.
+    optional: parameters that may be absent, since a stage trains them.
+
+  Raises ValueError where the base is absent, holds other parameters (all are
+  listed) or has another hash.
+  """
+  reader = BaseReader(directory, expected_sha256)
+  shapes = {
+    name: leaf
+    for name, leaf in shapes.items()
+    if name in reader.parameters or name not in optional
+  }
+  _check_fit(reader.directory, reader.parameters, shapes)
+  shardings = {name: leaf.sharding for name, leaf in shapes.items()}
+  flat: state.Flat = {}
+  for number in range(len(reader.parts())):
+    flat |= reader.read_part(number, shardings)
+  return {name: flat[name] for name in shapes}
+
+
+def _check_fit(
+  directory: pathlib.Path,
+  stored: Mapping[str, Mapping[str, Any]],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+  problems = [f"missing {name}" for name in shapes if name not in stored]
+  problems += [f"unknown {name}" for name in stored if name not in shapes]
+  problems += [
+    f"{name} is {stored[name]['shape']}, wanted {list(leaf.shape)}"
+    for name, leaf in shapes.items()
+    if name in stored and stored[name]["shape"] != list(leaf.shape)
+  ]
+  if problems:
+    raise ValueError(
+      f"the base in {directory} does not fit config.model:\n  "
+      + "\n  ".join(problems)
+    )
+
+
+def placed(
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Puts leaves without a sharding on the first device."""
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return {
+    name: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=leaf.sharding or first
+    )
+    for name, leaf in shapes.items()
+  }
+
+
+def base_shapes(
+  config: Mapping[str, Any],
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Names and shapes of the base: the model without any adapter."""
+  values = {**config, "stages": {"base": {"use_adapters": False}}}
+  return state.parameter_shapes(state.model_config(values, "base"))
