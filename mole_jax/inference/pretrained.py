@@ -28,8 +28,9 @@ def load(path: str | os.PathLike) -> "Model":
   """Loads a trained model.
 
   Args:
-    path: RUN (the newest step of its last stage), RUN/<stage> or
-      RUN/<stage>/checkpoints/<step>.
+    path: RUN (the newest step of its last stage), RUN/<stage>,
+      RUN/<stage>/checkpoints/<step>, or a directory that
+      `mole_jax.convert from-hf` wrote.
 
   Raises ValueError where there is no model, or its base has changed since.
   """

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import rich.table
 
+from mole_jax.data.conversation import VICUNA_SYSTEM
 from mole_jax.data.tokenizer import EMBEDDED_TOKENIZER
 from mole_jax.interop import card, hf, hf_config, names, write_hf
 from mole_jax.interop import opened as opened_lib
@@ -78,11 +79,26 @@ def from_hf(
       for name, leaf in made.items():
         yield name, np.asarray(leaf.astype(kept or leaf.dtype))
 
+  folders = [folder for folder in (src, vision) if folder is not None]
+  normalisation = hf_config.normalisation(folders)
   about = {
     "model": source.model,
     "source": source.kind,
     "initialised": new,
-    **hf_config.normalisation([f for f in (src, vision) if f is not None]),
+    **normalisation,
+    # What `mole_jax.load` needs; LLaVA-1.5's template.
+    "config": {
+      "name": out.name,
+      "seed": 0,
+      "model": hf.full_model_section(source.model),
+      "stages": {"base": {"use_adapters": False}},
+      "data": {
+        "tokenizer": "tokenizer.json",
+        "system": VICUNA_SYSTEM,
+        "use_bos": True,
+        **normalisation,
+      },
+    },
   }
   with new_directory(out) as partial:
     reference = base_lib.write_base(partial, parameters(), about)

@@ -189,11 +189,15 @@ def read_trained(path: str | os.PathLike) -> TrainedModel:
 
 
 def read_model(path: str | os.PathLike) -> ReadModel:
-  """Reads the model that a run directory, a stage or a step of it holds.
+  """Reads the model of a run, a stage or a step of it, or a converted base.
 
   Without a step: the newest of the last stage that has one. Raises ValueError
   where there is nothing to read, or the base has changed since.
   """
+  if (pathlib.Path(path) / base_lib.BASE_FILE).exists():
+    reader = base_lib.BaseReader(pathlib.Path(path))
+    if "config" in reader.about:
+      return _read_converted(reader)
   trained = read_trained(path)
   params = dict(trained.trainable)
   if trained.base is not None:
@@ -206,3 +210,14 @@ def read_model(path: str | os.PathLike) -> ReadModel:
     )
     params |= {name: flat[name] for name in trained.frozen}
   return ReadModel(trained.config, trained.stage, trained.step, params)
+
+
+def _read_converted(reader: base_lib.BaseReader) -> ReadModel:
+  """A base that describes itself; its tokenizer stands beside it."""
+  config = reader.about["config"]
+  tokenizer = reader.directory / config["data"]["tokenizer"]
+  data = config["data"] | {"tokenizer": str(tokenizer)}
+  config = config | {"data": data}
+  shapes = base_lib.base_shapes(config)
+  flat = base_lib.read_base(reader.directory, shapes, "")
+  return ReadModel(config, "base", 0, flat)
