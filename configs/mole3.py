@@ -7,9 +7,11 @@ seeds 0, 1, 2: 53.8 / 35.6 / 49.0, average 46.1 (the commonest answer 26.7,
 blank images 17.8), at commit 6e8d6e0.
 
 Variants, after a colon: "tiny" (default; embedded data, a base model trained
-on the spot), "7b" and "13b" (LLaVA-1.5 with Vicuna, the paper's numbers; they
-need weights and data that this machine does not bring), or a directory that
-`python -m mole_jax.convert from-hf` wrote: your weights, the embedded data.
+on the spot), "smol" (SmolLM2-135M and DINOv2-S, real weights converted to
+weights/smol, the embedded data), "7b" and "13b" (LLaVA-1.5 with Vicuna, the
+paper's numbers; they need weights and data that this machine does not bring),
+or a directory that `python -m mole_jax.convert from-hf` wrote: your weights,
+the embedded data.
 """
 
 import json
@@ -17,7 +19,8 @@ import pathlib
 
 import ml_collections as mlc
 
-VARIANTS = ("tiny", "7b", "13b")
+VARIANTS = ("tiny", "smol", "7b", "13b")
+SMOL = "weights/smol"
 
 SYSTEM = (
   "A chat between a curious user and an artificial intelligence assistant. "
@@ -34,6 +37,8 @@ def get_config(arg: str = "tiny") -> mlc.ConfigDict:
   """
   if arg == "tiny":
     return tiny()
+  if arg == "smol":
+    return smol()
   if arg in VARIANTS:
     return paper(arg)
   about = pathlib.Path(arg) / "base.json"
@@ -54,6 +59,7 @@ def tiny() -> mlc.ConfigDict:
   c.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)
   c.model = dict(
     vision=dict(
+      family="clip",
       image_size=48,
       patch_size=8,
       hidden_size=128,
@@ -62,6 +68,7 @@ def tiny() -> mlc.ConfigDict:
       num_heads=4,
       hidden_act="quick_gelu",
       layer_norm_eps=1e-5,
+      position_grid=0,
       feature_layer=-1,
     ),
     decoder=dict(
@@ -74,6 +81,8 @@ def tiny() -> mlc.ConfigDict:
       head_dim=32,
       rms_norm_eps=1e-5,
       rope_theta=10000.0,
+      sliding_window=0,
+      max_position_embeddings=4096,
       tie_word_embeddings=False,
     ),
     lora=dict(rank=4, alpha=8.0, dropout=0.0),
@@ -97,10 +106,12 @@ def tiny() -> mlc.ConfigDict:
   c.data = dict(
     domains=DOMAINS,
     tokenizer="embedded",
+    template="vicuna",
     system="",
     use_bos=True,
     image_mean=(0.48145466, 0.4578275, 0.40821073),
     image_std=(0.26862954, 0.26130258, 0.27577711),
+    image_resample="bicubic",
     num_workers=0,
   )
   # A base that stands already: its directory, and what its hash must be ("":
@@ -180,6 +191,7 @@ def paper(variant: str) -> mlc.ConfigDict:
   c = tiny()
   c.variant = variant
   c.model.vision = dict(
+    family="clip",
     image_size=336,
     patch_size=14,
     hidden_size=1024,
@@ -188,6 +200,7 @@ def paper(variant: str) -> mlc.ConfigDict:
     num_heads=16,
     hidden_act="quick_gelu",
     layer_norm_eps=1e-5,
+    position_grid=0,
     feature_layer=-1,
   )
   is_7b = variant == "7b"
@@ -201,6 +214,8 @@ def paper(variant: str) -> mlc.ConfigDict:
     head_dim=128,
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
+    sliding_window=0,
+    max_position_embeddings=4096,
     tie_word_embeddings=False,
   )
   c.model.lora = dict(rank=32, alpha=64.0, dropout=0.05)
@@ -235,26 +250,40 @@ def paper(variant: str) -> mlc.ConfigDict:
 
 
 def converted(path: str, about: dict) -> mlc.ConfigDict:
-  """Weights that `mole_jax.convert from-hf` wrote, on the embedded data."""
+  """Weights that `mole_jax.convert from-hf` wrote, on the embedded data.
+
+  Adapters that came with them are trained on.
+  """
   if "model" not in about:
     raise ValueError(
       f"the base in {path} was trained here, by a config of its own: use that "
       "with --config.base.path instead."
     )
+  model, data = about["model"], about["config"]["data"]
   c = tiny()
   c.variant = path
-  c.model.vision = about["model"]["vision"]
-  c.model.decoder = about["model"]["decoder"]
-  # The original LLaVA has no id for images: its tokenizer must get one.
-  c.model.image_token_id = about["model"].get("image_token_id", 32000)
-  c.model.use_visual_tokens = about["model"]["use_visual_tokens"]
+  c.model.vision = model["vision"]
+  c.model.decoder = model["decoder"]
+  # A base converted without a tokenizer has no id for images.
+  c.model.image_token_id = model.get("image_token_id", 32000)
+  c.model.use_visual_tokens = model["use_visual_tokens"]
   c.model.lora = dict(rank=32, alpha=64.0, dropout=0.05)
   c.model.mole.update(dict(rank=32, alpha=64.0, dropout=0.05))
+  if model.get("lora", {}).get("rank"):
+    c.model.lora.update(model["lora"])
+  if model.get("mole", {}).get("num_experts"):
+    c.model.mole.update(model["mole"])
   c.model.remat = "named"
   c.data.tokenizer = f"{path}/tokenizer.json"
-  c.data.system = SYSTEM
-  c.data.image_mean = about["image_mean"]
-  c.data.image_std = about["image_std"]
+  for key in (
+    "template",
+    "system",
+    "use_bos",
+    "image_mean",
+    "image_std",
+    "image_resample",
+  ):
+    c.data[key] = data[key]
   c.base.path = path
   c.stage_names = ("mole",)
   c.stages = dict(mole=c.stages.mole)
@@ -268,6 +297,36 @@ def converted(path: str, about: dict) -> mlc.ConfigDict:
   stage.optim.warmup_ratio = 0.03
   c.evaluation.batch_size = 32
   c.evaluation.max_new_tokens = 24
+  return c
+
+
+def smol() -> mlc.ConfigDict:
+  """Two real models under a new projector.
+
+  The projector learns from nothing, hence five times the rate of the adapters;
+  pictures of 112 pixels are 64 patches of DINOv2, whose positions are
+  interpolated.
+  """
+  about = pathlib.Path(SMOL) / "base.json"
+  if not about.is_file():
+    raise ValueError(
+      f"variant 'smol' needs converted weights in {SMOL}; make them with "
+      "python -m mole_jax.convert from-hf --src SMOLLM2 --vision DINOV2 --out "
+      f"{SMOL}, the folders of SmolLM2-135M-Instruct and DINOv2-small."
+    )
+  c = converted(SMOL, json.loads(about.read_text()))
+  c.variant = "smol"
+  c.model.vision.image_size = 112
+  c.model.lora = dict(rank=8, alpha=16.0, dropout=0.0)
+  c.model.mole.update(dict(rank=8, alpha=16.0, dropout=0.0))
+  stage = c.stages.mole
+  stage.max_length = 512
+  stage.max_images = 3
+  stage.batch_size = 3
+  stage.num_steps = 200
+  stage.optim.lr_factors = {"projector": 5.0}
+  stage.checkpoint_every = 50
+  c.evaluation.max_questions = 200
   return c
 
 

@@ -24,8 +24,10 @@ FORBIDDEN = {
   "data": {"jax", "flax", "optax", "orbax"},
   "models": {"optax", "orbax", "grain"},
 }
-# Written beside exported weights, for PyTorch; the package imports none.
+# Written beside exported weights, for PyTorch, and programs that run in a
+# process of their own. These may import it; the package imports none of them.
 EXPORTED = PACKAGE / "interop" / "torch_files"
+WITH_TORCH = PACKAGE / "interop" / "with_torch"
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != EXPORTED)
 
 
@@ -48,7 +50,11 @@ def test_imports_point_downwards(path):
   parts = path.relative_to(PACKAGE).parts
   for name in imported(path):
     top, *rest = name.split(".")
-    assert top not in ("torch", "tensorflow"), name
+    assert top != "tensorflow", name
+    assert top != "torch" or path.parent == WITH_TORCH, name
+    for folder in (EXPORTED, WITH_TORCH):
+      package = f"mole_jax.interop.{folder.name}"
+      assert not f"{name}.".startswith(f"{package}."), name
     if len(parts) > 1:
       assert top not in FORBIDDEN.get(parts[0], ()), name
     if top != "mole_jax" or not rest:

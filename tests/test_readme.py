@@ -48,6 +48,9 @@ def workplace(tmp_path_factory):
   for name in ("configs", "mole_jax"):
     (folder / name).symlink_to(ROOT / name)
   torch_models.save_for_embedded_data(folder / "path" / "to" / "llava")
+  # Small random models in the places of the real ones.
+  torch_models.save_smollm2(folder / "path" / "to" / "SmolLM2-135M-Instruct")
+  torch_models.save_dinov2(folder / "path" / "to" / "dinov2-small")
   args = shlex.split(COMMANDS[0].split("&&")[-1].strip())[1:]
   done = call(folder, args + test_main.SMALL)
   assert done.returncode == 0, done.stdout + done.stderr
@@ -71,7 +74,7 @@ def test_the_other_commands_work_after_it(workplace):
     if "builders" in line:
       continue  # Marked `rebuild`: it needs the packages.
     args = shlex.split(line)[1:]
-    if "mole_jax.main" in line and "weights/" in line:
+    if "mole_jax.main" in line and ("weights/" in line or ":smol" in line):
       args += FEW_STEPS
     elif "mole_jax.main" in line:
       args += [a for a in test_main.SMALL if ".base." not in a]
@@ -86,6 +89,13 @@ def test_the_other_commands_work_after_it(workplace):
     exported / "mole3", trust_remote_code=True
   )
   assert model.config.num_experts == 3
+  small = transformers.AutoModelForImageTextToText.from_pretrained(
+    exported / "small",
+    trust_remote_code=True,
+    base=workplace / "path" / "to" / "llava",
+  )
+  assert small.config.num_experts == 3
+  assert (exported / "experts" / "expert_2" / "adapter_config.json").exists()
 
 
 def test_the_notebook_example_works(workplace):

@@ -1,53 +1,27 @@
 """Conversations and captions to token ids with a label mask.
 
-Every text is tokenised in the pieces that generation sees too (up to
-"ASSISTANT:", then the answer), so the ids of a training sample are the ids of
-its prompt followed by the ids of its answer, by construction.
+Every text is tokenised in the pieces that generation sees too (up to where
+the answer begins, then the answer), so the ids of a training sample are the
+ids of its prompt followed by the ids of its answer, by construction; for each
+of several answers, if the template writes a turn alike whatever follows.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
+from mole_jax.data import templates
+from mole_jax.data.templates import VICUNA, Piece, Template, TextEncoder
+from mole_jax.data.tokenizer import IMAGE_MARKER
+
 IGNORE_LABEL = -100  # A position without loss; PyTorch's and LLaVA's value.
-IMAGE_MARKER = "<image>"
 VICUNA_SYSTEM = (
   "A chat between a curious user and an artificial intelligence assistant. "
   "The assistant gives helpful, detailed, and polite answers to the user's "
   "questions."
 )
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-  """What a conversation needs of a tokenizer (`tokenizer.Tokenizer`)."""
-
-  bos_id: int
-  eos_id: int
-  image_id: int
-
-  def encode(self, text: str) -> list[int]: ...
-
-  def encode_continuation(self, text: str) -> list[int]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-  """The words around the turns of a chat.
-
-  A prompt is the system text and a space (nothing where it is empty), then
-  for each turn `user + question + assistant`; the answer follows after one
-  space and ends with the end-of-sequence token.
-  """
-
-  user: str
-  assistant: str
-
-
-VICUNA = Template(user="USER: ", assistant=" ASSISTANT:")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,39 +51,26 @@ class SkippedSample(ValueError):
 
 
 class _Pieces:
-  """Ids, labels, image number (-1 in text) and answer number so far."""
+  """Ids, labels, image number and answer number (-1 outside) so far."""
 
-  def __init__(self, tokenizer: TextEncoder, num_image_tokens: int):
-    self._tokenizer = tokenizer
+  def __init__(self, num_image_tokens: int):
     self._num_image_tokens = num_image_tokens
     self.ids: list[int] = []
     self.labels: list[int] = []
     self.images: list[int] = []
     self.answers: list[int] = []
     self.num_images = 0
-    self.num_answers = 0
 
-  def add(
-    self, ids: Sequence[int], *, image: int = -1, is_supervised: bool = False
-  ):
+  def add(self, piece: Piece):
+    ids, image = piece.ids, -1
+    if piece.is_image:
+      ids, image = ids * self._num_image_tokens, self.num_images
+      self.num_images += 1
+    is_learnt = piece.answer >= 0
     self.ids += ids
-    self.labels += ids if is_supervised else [IGNORE_LABEL] * len(ids)
+    self.labels += ids if is_learnt else [IGNORE_LABEL] * len(ids)
     self.images += [image] * len(ids)
-    self.answers += [self.num_answers if is_supervised else -1] * len(ids)
-
-  def add_prompt(self, text: str):
-    """Adds text in which each marker stands for one image."""
-    for index, chunk in enumerate(text.split(IMAGE_MARKER)):
-      if index:
-        image = [self._tokenizer.image_id] * self._num_image_tokens
-        self.add(image, image=self.num_images)
-        self.num_images += 1
-      if chunk:
-        self.add(self._tokenizer.encode(chunk))
-
-  def add_answer(self, ids: Sequence[int]):
-    self.add(ids, is_supervised=True)
-    self.num_answers += 1
+    self.answers += [piece.answer] * len(ids)
 
   def cut(self, max_length: int) -> int:
     """Length to keep: never a part of an image."""
@@ -144,7 +105,7 @@ def encode_chat(
   use_bos: bool = True,
   template: Template = VICUNA,
 ) -> Encoded:
-  """A conversation with loss on each answer and its end-of-sequence token.
+  """A conversation with loss on each answer and the token that ends it.
 
   haotian-liu/LLaVA, llava/train/train.py: preprocess_multimodal (each marker
   moves to the start of its turn), preprocess_v1 (labels). Where the original
@@ -159,10 +120,12 @@ def encode_chat(
     max_length: tokens kept after each image is expanded. A cut inside an
       image drops that whole image and what follows.
     system: text before the first turn; may be empty.
-    use_bos: whether the sample starts with the BOS token.
-    template: role words.
+    use_bos: whether the sample starts with the BOS token, if the template
+      leaves it open.
+    template: what stands around the turns.
 
   Raises:
+    ValueError: where template, system text and tokenizer do not go together.
     SkippedSample: with the reason, for a sample that cannot be used.
   """
   pieces = _chat_pieces(
@@ -188,10 +151,10 @@ def encode_prompt(
 ) -> Int32[np.ndarray, " T"]:
   """Ids after which the model answers the last turn, a question.
 
-  They end with "ASSISTANT:" and no space. Training on the answered
-  conversation sees these same ids, then those of the answer.
+  With Vicuna's template they end with "ASSISTANT:" and no space. Training on
+  the answered conversation sees these same ids, then those of the answer.
 
-  Raises ValueError where the last turn is no question (SkippedSample).
+  Raises ValueError as `encode_chat`, and where the last turn is no question.
   """
   if len(turns) % 2 == 0:
     raise SkippedSample(
@@ -218,15 +181,17 @@ def encode_caption(
   discarded and no end-of-sequence token follows.
 
   Raises:
+    ValueError: where the tokenizer has no BOS token to start with.
     SkippedSample: without a caption, or where none of it is left.
   """
   if not caption.strip():
     raise SkippedSample("no_caption", "the record has no caption.")
-  pieces = _Pieces(tokenizer, num_image_tokens)
+  pieces = _Pieces(num_image_tokens)
   if use_bos:
-    pieces.add([tokenizer.bos_id])
-  pieces.add_prompt(IMAGE_MARKER * num_images)
-  pieces.add_answer(tokenizer.encode(caption + "\n"))
+    pieces.add(templates.bos_piece(tokenizer))
+  for _ in range(num_images):
+    pieces.add(Piece([tokenizer.image_id], is_image=True))
+  pieces.add(Piece(tokenizer.encode(caption + "\n"), answer=0))
   return _supervised(pieces.encoded(max_length, ["caption"]), max_length)
 
 
@@ -248,10 +213,7 @@ def _chat_pieces(
   template: Template,
 ) -> _Pieces:
   """The pieces of any conversation, answered at its end or not."""
-  pieces = _Pieces(tokenizer, num_image_tokens)
-  if use_bos:
-    pieces.add([tokenizer.bos_id])
-  opening = f"{system} " if system else ""
+  contents = []
   for index, turn in enumerate(turns):
     wanted = ("human", "gpt")[index % 2]
     if turn["from"] != wanted:
@@ -261,17 +223,21 @@ def _chat_pieces(
         "questions and answers alternate and a question comes first.",
       )
     if wanted == "human":
-      text = template.user + move_markers(turn["value"]) + template.assistant
-      pieces.add_prompt(opening + text)
-      opening = ""
+      contents.append(move_markers(turn["value"]))
     elif IMAGE_MARKER in turn["value"]:
       raise SkippedSample(
         "image_in_answer",
         f"turn {index}, an answer, holds {IMAGE_MARKER}; only questions may.",
       )
     else:
-      answer = tokenizer.encode_continuation(turn["value"])
-      pieces.add_answer([*answer, tokenizer.eos_id])
+      contents.append(turn["value"])
+  if not turns:
+    raise SkippedSample("no_supervision", "the conversation has no turn.")
+  pieces = _Pieces(num_image_tokens)
+  for piece in template.pieces(
+    tokenizer, contents, system=system, use_bos=use_bos
+  ):
+    pieces.add(piece)
   return pieces
 
 

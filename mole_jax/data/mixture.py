@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from mole_jax.data import conversation, records
+from mole_jax.data import conversation, records, templates
 from mole_jax.data import tokenizer as tokenizer_lib
 
 FORMATS = ("chat", "plain")
@@ -53,6 +53,7 @@ class Dataset:
     max_images: int,
     system: str,
     use_bos: bool,
+    template: templates.Template,
   ):
     """Reads and tokenises every record.
 
@@ -66,7 +67,9 @@ class Dataset:
       max_length: tokens of a sample after images are expanded.
       max_images: a record with more images is skipped.
       system: text before a chat's first turn; may be empty.
-      use_bos: whether a sample starts with the BOS token.
+      use_bos: whether a sample starts with the BOS token, if the template
+        leaves it open.
+      template: what stands around the turns of a chat.
 
     Raises:
       ValueError: for an unknown format or domain, or if no record is usable.
@@ -87,6 +90,7 @@ class Dataset:
       max_images=max_images,
       system=system,
       use_bos=use_bos,
+      template=template,
     )
     used: list[int] = []
     samples: list[conversation.Encoded] = []
@@ -156,6 +160,7 @@ def load_mixture(
   max_images: int,
   system: str,
   use_bos: bool,
+  template: templates.Template,
 ) -> list[Dataset]:
   """Opens and encodes each source; arguments as for `Dataset`."""
   if not sources:
@@ -173,6 +178,7 @@ def load_mixture(
       max_images=max_images,
       system=system,
       use_bos=use_bos,
+      template=template,
     )
     for source in sources
   ]
@@ -188,6 +194,7 @@ def _encode_record(
   max_images: int,
   system: str,
   use_bos: bool,
+  template: templates.Template,
 ) -> conversation.Encoded:
   num_images = len(record["images"])
   if num_images > max_images:
@@ -211,4 +218,5 @@ def _encode_record(
     max_length=max_length,
     system=system,
     use_bos=use_bos,
+    template=template,
   )

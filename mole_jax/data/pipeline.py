@@ -141,7 +141,7 @@ def make_loader(
   max_length: int,
   max_images: int,
   max_segments: int,
-  image_size: int,
+  preparation: images.Preparation,
   pad_id: int,
   process_index: int = 0,
   process_count: int = 1,
@@ -160,7 +160,7 @@ def make_loader(
     max_length: tokens a row holds.
     max_images: images a row holds.
     max_segments: samples a row holds.
-    image_size: height and width of the images, pixels.
+    preparation: size of the images and how they get it.
     pad_id: token id of padding.
     process_index: this host.
     process_count: hosts.
@@ -199,7 +199,7 @@ def make_loader(
     max_length=max_length,
     max_images=max_images,
     max_segments=max_segments,
-    image_size=image_size,
+    preparation=preparation,
     pad_id=pad_id,
   )
   return Loader(
@@ -226,7 +226,7 @@ class _Assembler:
   max_length: int
   max_images: int
   max_segments: int
-  image_size: int
+  preparation: images.Preparation
   pad_id: int
 
   def __post_init__(self):
@@ -237,7 +237,7 @@ class _Assembler:
 
   def __call__(self, step: int) -> Batch:
     b, t, m = self.num_rows, self.max_length, self.max_images
-    size = self.image_size
+    size = self.preparation.image_size
     batch = {
       "input_ids": np.full((b, t), self.pad_id, np.int32),
       "labels": np.full((b, t), conversation.IGNORE_LABEL, np.int32),
@@ -275,13 +275,14 @@ class _Assembler:
     dataset = self.datasets[entry[0]]
     count = int(dataset.image_counts[entry[1]])
     if not count:
-      return np.empty((0, self.image_size, self.image_size, 3), np.uint8)
+      size = self.preparation.image_size
+      return np.empty((0, size, size, 3), np.uint8)
     pixels = self._cache.get(entry)
     if pixels is None:
       try:
         pixels = np.stack(
           [
-            images.decode_image(data, self.image_size)
+            images.decode_image(data, self.preparation)
             for data in dataset.encoded_images(entry[1])
           ]
         )

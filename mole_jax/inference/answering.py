@@ -42,13 +42,16 @@ class Prediction:
 
 
 def read_questions(
-  domain: str, rows: Iterable[records.Record], image_size: int
+  domain: str,
+  rows: Iterable[records.Record],
+  preparation: images.Preparation,
 ) -> list[Question]:
   """Every question of the records; each image is decoded once."""
+  size = preparation.image_size
   questions = []
   for record in rows:
-    decoded = [images.decode_image(b, image_size) for b in record["images"]]
-    shape = (len(decoded), image_size, image_size, 3)
+    decoded = [images.decode_image(b, preparation) for b in record["images"]]
+    shape = (len(decoded), size, size, 3)
     pixels = np.array(decoded, np.uint8).reshape(shape)
     turns = record["turns"]
     for asked, said in zip(turns[::2], turns[1::2], strict=True):

@@ -112,6 +112,9 @@ class Generator:
     answers: dict[int, Answer] = {}
     for rows in _batches(order, prompts, lengths, batch_size):
       width = bucket(len(prompts[rows[-1]].input_ids), lengths)
+      self._config.decoder.check_length(
+        width + max_new_tokens, "a padded prompt with max_new_tokens"
+      )
       arrays = self._arrays(
         [prompts[i] for i in rows], height, width, num_images
       )

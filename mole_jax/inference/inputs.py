@@ -197,22 +197,25 @@ def _with_markers(
 
 
 def stack(
-  pictures: Sequence[Any], image_size: int
+  pictures: Sequence[Any], preparation: images.Preparation
 ) -> UInt8[np.ndarray, "M Y X 3"]:
   """Pictures padded to squares and resized."""
-  pixels = np.zeros((len(pictures), image_size, image_size, 3), np.uint8)
+  size = preparation.image_size
+  pixels = np.zeros((len(pictures), size, size, 3), np.uint8)
   for row, picture in zip(pixels, pictures, strict=True):
-    row[:] = _pixels(picture, image_size)
+    row[:] = _pixels(picture, preparation)
   return pixels
 
 
-def _pixels(picture: Any, image_size: int) -> UInt8[np.ndarray, "Y X 3"]:
+def _pixels(
+  picture: Any, preparation: images.Preparation
+) -> UInt8[np.ndarray, "Y X 3"]:
   if isinstance(picture, (str, os.PathLike)):
     picture = pathlib.Path(picture).read_bytes()
   if isinstance(picture, bytes):
-    return images.decode_image(picture, image_size)
+    return images.decode_image(picture, preparation)
   if isinstance(picture, Image.Image):
-    return images.prepare_image(picture.convert("RGB"), image_size)
+    return images.prepare_image(picture, preparation)
   if isinstance(picture, np.ndarray):
     is_rgb = picture.ndim == 3 and picture.shape[-1] == 3
     if not is_rgb or picture.dtype != np.uint8:
@@ -220,7 +223,7 @@ def _pixels(picture: Any, image_size: int) -> UInt8[np.ndarray, "Y X 3"]:
         f"an image is {picture.dtype}{list(picture.shape)}; wanted "
         "uint8[H, W, 3]."
       )
-    return images.prepare_image(Image.fromarray(picture), image_size)
+    return images.prepare_image(Image.fromarray(picture), preparation)
   raise ValueError(
     f"an image is a {type(picture).__name__}; wanted a PIL image, a path, "
     "encoded bytes or uint8[H, W, 3]."
@@ -235,12 +238,7 @@ def token_texts(
   A token alone may decode to something else than within its text (leading
   spaces, parts of a character), so each is what it adds to those before it.
   """
-  special = {
-    tokenizer.pad_id: "<pad>",
-    tokenizer.bos_id: "<s>",
-    tokenizer.eos_id: "</s>",
-    tokenizer.image_id: conversation.IMAGE_MARKER,
-  }
+  special = {token.id: text for text, token in tokenizer.special_tokens.items()}
   texts: list[str] = []
   piece: list[int] = []
   text = ""

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 from PIL import Image
 
-from mole_jax.data import conversation
+from mole_jax.data import conversation, templates
+from mole_jax.data import images as images_lib
 from mole_jax.data import tokenizer as tokenizer_lib
 from mole_jax.inference import generate as generate_lib
 from mole_jax.inference import generator as generator_lib
@@ -62,6 +63,7 @@ class Model:
   stage, step: where in the run the parameters come from.
   params: parameters as nested dictionaries of arrays.
   tokenizer: text to ids and back.
+  preparation: what the vision tower wants of pictures.
   """
 
   config: dict[str, Any]
@@ -69,6 +71,7 @@ class Model:
   step: int
   params: dict[str, Any]
   tokenizer: tokenizer_lib.Tokenizer
+  preparation: images_lib.Preparation
 
   def __init__(
     self,
@@ -85,18 +88,20 @@ class Model:
     self.params = state.unflatten(params)
     self.tokenizer = tokenizer
     self.model_config = state.model_config(config, stage)
+    self.preparation = images_lib.preparation_of(config)
     data = config["data"]
+    self._template = templates.read_template(data["template"], tokenizer)
     vocab_size = self.model_config.decoder.vocab_size
     self.generator = generator_lib.Generator(
       self.model_config,
       self.params,
-      eos_id=tokenizer.eos_id,
+      eos_id=templates.end_id(self._template, tokenizer),
       pad_id=tokenizer.pad_id,
       # Rows of the table that no token owns have no text.
       banned_ids=[
         self.image_token_id,
         tokenizer.pad_id,
-        *range(tokenizer.vocab_size, vocab_size),
+        *tokenizer.unused_ids(vocab_size),
       ],
       image_mean=data["image_mean"],
       image_std=data["image_std"],
@@ -157,8 +162,7 @@ class Model:
     self, pictures: Sequence[Picture]
   ) -> Float32[np.ndarray, "N H W 3"]:
     """Pictures padded to a square, resized and normalised, for `logits`."""
-    size = self.model_config.vision.image_size
-    pixels = inputs.stack(pictures, size)
+    pixels = inputs.stack(pictures, self.preparation)
     data = self.config["data"]
     mean = np.array(data["image_mean"], np.float32)
     std = np.array(data["image_std"], np.float32)
@@ -195,7 +199,7 @@ class Model:
       top_p: draws among the fewest tokens that reach this probability.
       repetition_penalty: more than 1 avoids tokens the answer already holds.
       seed: of drawing.
-      eos_id: the token that ends an answer; None is the tokenizer's.
+      eos_id: the token that ends an answer; None is the template's.
       batch_size: prompts answered at a time.
 
     Returns:
@@ -252,6 +256,7 @@ class Model:
       num_image_tokens=self.num_image_tokens,
       system=data["system"],
       use_bos=data["use_bos"],
+      template=self._template,
     )
     return generator_lib.Prompt(ids, pixels)
 
@@ -261,8 +266,8 @@ class Model:
     """Expert choice for an encoded prompt and the answer that follows it."""
     ids = row.input_ids
     if answer is not None:
-      more = self.tokenizer.encode_continuation(answer)
-      ids = np.concatenate([ids, np.array(more, np.int32)])
+      more = templates.answer_ids(self._template, self.tokenizer, answer)
+      ids = np.concatenate([ids, np.array(more[:-1], np.int32)])
     is_image = ids == self.image_token_id
     if self.num_experts > 1:
       num_images = len(row.images)
@@ -284,9 +289,8 @@ class Model:
     return TokenRouting(texts, is_image, chosen)
 
   def _prompts(self, prompts, images) -> list[generator_lib.Prompt]:
-    size = self.model_config.vision.image_size
     return [
-      self.encode_prompt(turns, inputs.stack(pictures, size))
+      self.encode_prompt(turns, inputs.stack(pictures, self.preparation))
       for turns, pictures in inputs.pair(prompts, images)
     ]
 

@@ -84,10 +84,9 @@ def evaluate(
   Returns:
     what metrics.json holds.
   """
-  size = model.model_config.vision.image_size
   questions: list[answering.Question] = []
   for domain, rows in datasets.items():
-    found = answering.read_questions(domain, rows, size)
+    found = answering.read_questions(domain, rows, model.preparation)
     if not found:
       raise ValueError(f"the data set of {domain!r} holds no question.")
     questions += _spread(found, max_questions)

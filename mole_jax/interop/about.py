@@ -1,19 +1,24 @@
 """What a checkpoint on disk is, from its headers."""
 
+import hashlib
 import pathlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import rich.table
 
-from mole_jax.interop import formats, hf
+from mole_jax.interop import hf, pickles, tables
 from mole_jax.interop.tensors import CheckpointError
 from mole_jax.training import base as base_lib
 from mole_jax.training import checkpoint
 
 
-def describe(path: pathlib.Path) -> list[rich.table.Table]:
-  """Tables about a base, a run, or a folder in Hugging Face's layout.
+def describe(
+  path: pathlib.Path, allow_pickle: bool = False
+) -> list[rich.table.Table]:
+  """Tables about a base, a run, or anything that `from-hf` reads.
 
   Raises ValueError where it is none of them, or is damaged.
   """
@@ -23,14 +28,18 @@ def describe(path: pathlib.Path) -> list[rich.table.Table]:
     return [_base(path)]
   if any((parent / "run.json").exists() for parent in (path, *path.parents)):
     return [_run(path)]
-  return [_folder(path)]
+  with (
+    tempfile.TemporaryDirectory() as scratch,
+    hf.Opener(allow_pickle, pathlib.Path(scratch)) as opener,
+  ):
+    return [_foreign(path, opener)]
 
 
 def _base(path: pathlib.Path) -> rich.table.Table:
   reader = base_lib.BaseReader(path)
-  table = formats.new_table(f"{path}: a base")
+  table = tables.new_table(f"{path}: a base")
   table.add_row("source", reader.about.get("source", "trained here"))
-  formats.add_counts(table, reader.parameters)
+  tables.add_counts(table, reader.parameters)
   _add_model(table, reader.about.get("model", {}))
   table.add_row("sha256", reader.about["sha256"])
   return table
@@ -39,11 +48,11 @@ def _base(path: pathlib.Path) -> rich.table.Table:
 def _run(path: pathlib.Path) -> rich.table.Table:
   trained = checkpoint.read_trained(path)
   config = trained.config
-  table = formats.new_table(f"{path}: a run of {config['name']}")
+  table = tables.new_table(f"{path}: a run of {config['name']}")
   table.add_row("variant", config["variant"])
   table.add_row("seed", str(config["seed"]))
   table.add_row("stage, step", f"{trained.stage}, {trained.step}")
-  formats.add_counts(table, formats.entries(trained.trainable), "trained ")
+  tables.add_counts(table, tables.entries(trained.trainable.shapes), "trained ")
   if trained.base is not None:
     table.add_row("base", str(trained.base.directory))
     table.add_row("base's sha256", trained.base.about["sha256"])
@@ -51,21 +60,43 @@ def _run(path: pathlib.Path) -> rich.table.Table:
   return table
 
 
-def _folder(path: pathlib.Path) -> rich.table.Table:
-  source = hf.read_source(path)
-  table = formats.new_table(f"{path}: {source.kind}")
+def _foreign(path: pathlib.Path, opener: hf.Opener) -> rich.table.Table:
+  source = opener.source(path)
+  table = tables.new_table(f"{path}: {source.kind}")
+  infos = {name: place.info() for name, place in source.tensors.items()}
   # "language_model", "vision_tower", "multi_modal_projector".
-  for part in dict.fromkeys(name.split(".")[0] for name in source.tensors):
-    infos = [
-      source.info(name) for name in source.tensors if name.startswith(part)
-    ]
-    count = sum(info.num_bytes // info.dtype.itemsize for info in infos)
-    types = ", ".join(sorted({str(info.dtype) for info in infos}))
-    table.add_row(part, f"{count:,} parameters, {types}")
-  files = sorted({source.info(name).file for name in source.tensors})
-  table.add_row("files", ", ".join(files))
+  groups: dict[str, list[str]] = {}
+  for name in infos:
+    is_adapter = ".lora_" in name or "router." in name
+    group = "adapters" if is_adapter else name.split(".")[0]
+    groups.setdefault(group, []).append(name)
+  for group, members in groups.items():
+    count = sum(int(np.prod(infos[n].shape, dtype=np.int64)) for n in members)
+    types = ", ".join(sorted({str(infos[name].dtype) for name in members}))
+    table.add_row(group, f"{count:,} parameters, {types}")
   _add_model(table, source.model)
+  for note in source.notes:
+    table.add_row("note", note)
+  for file, sha256 in _hashes(path, {info.file for info in infos.values()}):
+    table.add_row(f"sha256 of {file}", sha256)
   return table
+
+
+def _hashes(
+  path: pathlib.Path, files: Collection[str]
+) -> Iterator[tuple[str, str]]:
+  """Hashes of the files that tensors come from, as `sha256sum` prints them."""
+  if path.is_file():
+    found = [path]
+  else:
+    found = [path / file for file in sorted(files)]
+    if not all(file.is_file() for file in found):
+      # Unpickled elsewhere, or in folders of their own.
+      found = pickles.find_pickles(path) or sorted(path.rglob("*.safetensors"))
+  for file in found:
+    with file.open("rb") as opened:
+      digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    yield str(file.relative_to(path) if path.is_dir() else file.name), digest
 
 
 def _add_model(table: rich.table.Table, model: Mapping[str, Any]) -> None:

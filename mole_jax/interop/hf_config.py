@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mole_jax.interop.tensors import CheckpointError
+from mole_jax.models import vision
 
 LLAMA = {
   "hidden_size": 4096,
@@ -34,6 +35,7 @@ MISTRAL = LLAMA | {
   "intermediate_size": 14336,
   "num_key_value_heads": 8,
   "sliding_window": 4096,
+  "max_position_embeddings": 131072,
 }
 CLIP = {
   "hidden_size": 768,
@@ -54,8 +56,37 @@ LLAVA_CLIP = {  # The tower of a LLaVA that names none.
   "image_size": 336,
   "patch_size": 14,
 }
+SIGLIP = CLIP | {
+  "patch_size": 16,
+  "hidden_act": "gelu_pytorch_tanh",
+  "layer_norm_eps": 1e-6,
+}
+DINOV2 = {
+  "hidden_size": 768,
+  "mlp_ratio": 4,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 12,
+  "image_size": 224,
+  "patch_size": 14,
+  "num_channels": 3,
+  "hidden_act": "gelu",
+  "layer_norm_eps": 1e-6,
+  "qkv_bias": True,
+  "use_swiglu_ffn": False,
+}
+# model_type -> family (of models/vision.py) and defaults.
+TOWERS = {
+  "clip_vision_model": ("clip", CLIP),
+  "siglip_vision_model": ("siglip", SIGLIP),
+  "dinov2": ("dinov2", DINOV2),
+}
+TITLES = {"clip": "CLIP", "siglip": "SigLIP", "dinov2": "DINOv2"}
+# Without a class token there is none to drop.
+SELECT_STRATEGIES = {"clip": "default", "siglip": "full", "dinov2": "default"}
 DECODERS = {"llama": LLAMA, "mistral": MISTRAL}
+PROCESSOR_FILE = "preprocessor_config.json"
 NORMALISATION = ("image_mean", "image_std")
+RESAMPLE = {2: "bilinear", 3: "bicubic"}
 # openai/clip-vit-large-patch14-336, preprocessor_config.json.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -95,6 +126,8 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     "head_dim": c["head_dim"] or c["hidden_size"] // heads,
     "rms_norm_eps": c["rms_norm_eps"],
     "rope_theta": theta,
+    "sliding_window": c["sliding_window"] or 0,
+    "max_position_embeddings": c["max_position_embeddings"],
     "tie_word_embeddings": c["tie_word_embeddings"],
   }
 
@@ -109,29 +142,47 @@ def _rope(c: Mapping[str, Any]) -> tuple[float, str]:
 
 
 def vision_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """config.model.vision of a CLIP tower's config.json, feature layer -1."""
+  """config.model.vision of a tower's config.json, feature layer -1.
+
+  Raises CheckpointError for a setting that the tower cannot follow.
+  """
   kind = values.get("model_type", "clip_vision_model")
-  if kind != "clip_vision_model":
+  if kind not in TOWERS:
     raise CheckpointError(
-      f"{where}: the tower's model_type is {kind!r}; wanted "
-      "'clip_vision_model'."
+      f"{where}: the tower's model_type is {kind!r}; wanted one of "
+      f"{', '.join(TOWERS)}."
     )
-  c = CLIP | {k: v for k, v in values.items() if k in CLIP}
-  if c["num_channels"] != 3:
-    raise CheckpointError(f"{where}: num_channels={c['num_channels']}, not 3.")
-  if c["hidden_act"] not in ("quick_gelu", "gelu"):
+  family, defaults = TOWERS[kind]
+  c = defaults | {k: v for k, v in values.items() if k in defaults}
+  for key, wanted in (
+    ("num_channels", (3,)),
+    ("hidden_act", vision.ACTIVATIONS),
+    ("qkv_bias", (True,)),
+    ("use_swiglu_ffn", (False,)),
+  ):
+    if key in c and c[key] not in wanted:
+      raise CheckpointError(
+        f"{where}: {key} is {c[key]!r}; wanted "
+        f"{' or '.join(map(repr, wanted))}."
+      )
+  width, is_dinov2 = c["hidden_size"], family == "dinov2"
+  if is_dinov2 and c["mlp_ratio"] != int(c["mlp_ratio"]):
     raise CheckpointError(
-      f"{where}: hidden_act is {c['hidden_act']!r}; wanted quick_gelu or gelu."
+      f"{where}: mlp_ratio is {c['mlp_ratio']}; wanted a whole number."
     )
   return {
+    "family": family,
     "image_size": c["image_size"],
     "patch_size": c["patch_size"],
-    "hidden_size": c["hidden_size"],
-    "intermediate_size": c["intermediate_size"],
+    "hidden_size": width,
+    "intermediate_size": (
+      int(width * c["mlp_ratio"]) if is_dinov2 else c["intermediate_size"]
+    ),
     "num_layers": c["num_hidden_layers"],
     "num_heads": c["num_attention_heads"],
     "hidden_act": c["hidden_act"],
     "layer_norm_eps": c["layer_norm_eps"],
+    "position_grid": c["image_size"] // c["patch_size"] if is_dinov2 else 0,
     "feature_layer": -1,
   }
 
@@ -142,14 +193,15 @@ def llava_sections(values: Mapping[str, Any], where: str) -> dict[str, Any]:
   Raises CheckpointError where the model is not LLaVA-1.5's: several feature
   layers, class token kept, another activation in the projector.
   """
-  vision = vision_section(values.get("vision_config") or LLAVA_CLIP, where)
+  tower = vision_section(values.get("vision_config") or LLAVA_CLIP, where)
   layer = values.get("vision_feature_layer", -2)
   if not isinstance(layer, int):
     raise CheckpointError(
       f"{where}: vision_feature_layer is {layer!r}; wanted a single layer."
     )
+  strategy = SELECT_STRATEGIES[tower["family"]]
   for key, wanted in (
-    ("vision_feature_select_strategy", "default"),
+    ("vision_feature_select_strategy", strategy),
     ("projector_hidden_act", "gelu"),
     ("multimodal_projector_bias", True),
   ):
@@ -157,62 +209,79 @@ def llava_sections(values: Mapping[str, Any], where: str) -> dict[str, Any]:
       raise CheckpointError(
         f"{where}: {key} is {values[key]!r}; wanted {wanted!r}."
       )
-  vision["feature_layer"] = layer
+  tower["feature_layer"] = layer
   decoder = decoder_section(values.get("text_config", {}), where)
   image_token = values.get("image_token_index", values.get("image_token_id"))
   return {
-    "vision": vision,
+    "vision": tower,
     "decoder": decoder,
     "image_token_id": 32000 if image_token is None else image_token,
     "use_visual_tokens": False,
   }
 
 
-def normalisation(folders: Sequence[pathlib.Path]) -> dict[str, list[float]]:
-  """image_mean and image_std of the first folder that tells; else CLIP's."""
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """A configuration; CheckpointError where there is none."""
+  if not file.is_file():
+    raise CheckpointError(
+      f"{file.parent} holds no {file.name}; name a folder in Hugging Face's "
+      "layout."
+    )
+  try:
+    values = json.loads(file.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise CheckpointError(f"{file} is not valid JSON: {error}.") from None
+  if not isinstance(values, dict):
+    raise CheckpointError(f"{file} holds no JSON object.")
+  return values
+
+
+def image_settings(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
+  """image_mean, image_std and image_resample of config.data.
+
+  Those of the first folder with an image processor; else CLIP's.
+  """
+  settings = {
+    "image_mean": list(CLIP_MEAN),
+    "image_std": list(CLIP_STD),
+    "image_resample": "bicubic",
+  }
   for folder in folders:
-    path = folder / "preprocessor_config.json"
+    path = folder / PROCESSOR_FILE
     if path.is_file():
+      values = read_json(path)
       try:
-        values = json.loads(path.read_text())
-        mean, std = ([float(x) for x in values[k]] for k in NORMALISATION)
-      except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        settings |= {k: [float(x) for x in values[k]] for k in NORMALISATION}
+        # Pillow's numbers of its filters.
+        settings["image_resample"] = RESAMPLE[values.get("resample", 3)]
+        factor = float(values.get("rescale_factor", 1 / 255))
+      except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
           f"{path} is no image processor's: {type(error).__name__} {error}; "
-          f"wanted JSON with {' and '.join(NORMALISATION)}."
+          f"wanted {' and '.join(NORMALISATION)}, and resample 2 or 3."
         ) from None
-      return {"image_mean": mean, "image_std": std}
-  return {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+      if abs(factor * 255 - 1) > 1e-3:
+        raise CheckpointError(
+          f"{path}: rescale_factor is {factor}; wanted 1/255: pixels are "
+          "scaled to 0 to 1 here."
+        )
+      break
+  return settings
 
 
-def mole_config(
-  model: Mapping[str, Any], balance: Mapping[str, Any], dtype: str
-) -> dict[str, Any]:
-  """config.json of a LLaVA-MoLE with its own modeling file."""
-  mole, lora = model["mole"], model["lora"]
-  return llava_config(model, dtype) | {
-    "architectures": ["LlavaMoleForConditionalGeneration"],
-    "model_type": "llava_mole",
-    "auto_map": {
-      "AutoConfig": "configuration_llava_mole.LlavaMoleConfig",
-      "AutoModelForImageTextToText": (
-        "modeling_llava_mole.LlavaMoleForConditionalGeneration"
-      ),
-    },
-    "num_experts": mole["num_experts"],
-    "top_k": mole["top_k"],
-    "gate": mole["gate"],
-    "router_scope": mole["router_scope"],
-    "expert_rank": mole["rank"],
-    "expert_alpha": mole["alpha"],
-    "expert_dropout": mole["dropout"],
-    "lora_rank": lora["rank"],
-    "lora_alpha": lora["alpha"],
-    "lora_dropout": lora["dropout"],
-    "use_visual_tokens": model["use_visual_tokens"],
-    "balance": balance["loss"],
-    "balance_weight": balance["weight"],
-  }
+def processor_size(folder: pathlib.Path) -> int | None:
+  """Side of the square images that a folder's processor makes, in pixels."""
+  path = folder / PROCESSOR_FILE
+  if not path.is_file():
+    return None
+  values = read_json(path)
+  for key in ("crop_size", "size"):
+    size = values.get(key)
+    if isinstance(size, Mapping):
+      size = size.get("height", size.get("shortest_edge"))
+    if isinstance(size, int):
+      return size
+  return None
 
 
 def llava_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -222,22 +291,24 @@ def llava_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
   """
   v, d = model["vision"], model["decoder"]
   theta = d["rope_theta"]
+  num_patches = (v["image_size"] // v["patch_size"]) ** 2
   return {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
     "dtype": dtype,
     "torch_dtype": dtype,
     "image_token_index": model["image_token_id"],
-    "image_seq_length": (v["image_size"] // v["patch_size"]) ** 2
-    + 2 * model["use_visual_tokens"],
+    "image_seq_length": num_patches + 2 * model["use_visual_tokens"],
     "multimodal_projector_bias": True,
     "projector_hidden_act": "gelu",
     "tie_word_embeddings": d["tie_word_embeddings"],
     "vision_feature_layer": v["feature_layer"],
-    "vision_feature_select_strategy": "default",
+    "vision_feature_select_strategy": SELECT_STRATEGIES[v["family"]],
     "text_config": {
-      "model_type": "llama",
-      "architectures": ["LlamaForCausalLM"],
+      "model_type": "mistral" if d["sliding_window"] else "llama",
+      "architectures": [
+        "MistralForCausalLM" if d["sliding_window"] else "LlamaForCausalLM"
+      ],
       "vocab_size": d["vocab_size"],
       "hidden_size": d["hidden_size"],
       "intermediate_size": d["intermediate_size"],
@@ -248,22 +319,38 @@ def llava_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
       "rms_norm_eps": d["rms_norm_eps"],
       "rope_theta": theta,
       "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+      "max_position_embeddings": d["max_position_embeddings"],
+      "sliding_window": d["sliding_window"] or None,
       "tie_word_embeddings": d["tie_word_embeddings"],
       "hidden_act": "silu",
       "attention_bias": False,
       "mlp_bias": False,
     },
-    "vision_config": {
-      "model_type": "clip_vision_model",
-      "image_size": v["image_size"],
-      "patch_size": v["patch_size"],
-      "num_channels": 3,
-      "hidden_size": v["hidden_size"],
-      "intermediate_size": v["intermediate_size"],
-      "num_hidden_layers": v["num_layers"],
-      "num_attention_heads": v["num_heads"],
-      "hidden_act": v["hidden_act"],
-      "layer_norm_eps": v["layer_norm_eps"],
-      "projection_dim": 768,
-    },
+    "vision_config": tower_config(v),
   }
+
+
+def tower_config(v: Mapping[str, Any]) -> dict[str, Any]:
+  """A tower's config.json; `v` as `config.model.vision` holds it."""
+  values = {
+    "image_size": v["image_size"],
+    "patch_size": v["patch_size"],
+    "num_channels": 3,
+    "hidden_size": v["hidden_size"],
+    "num_hidden_layers": v["num_layers"],
+    "num_attention_heads": v["num_heads"],
+    "hidden_act": v["hidden_act"],
+    "layer_norm_eps": v["layer_norm_eps"],
+  }
+  if v["family"] == "dinov2":
+    return values | {
+      "model_type": "dinov2",
+      "image_size": v["position_grid"] * v["patch_size"],
+      "mlp_ratio": v["intermediate_size"] // v["hidden_size"],
+      "qkv_bias": True,
+      "use_swiglu_ffn": False,
+    }
+  values["intermediate_size"] = v["intermediate_size"]
+  if v["family"] == "siglip":
+    return values | {"model_type": "siglip_vision_model"}
+  return values | {"model_type": "clip_vision_model", "projection_dim": 768}

@@ -1,7 +1,9 @@
 """Our parameters and Hugging Face's tensors: one table, both directions.
 
-The right column uses the names that Transformers 4.x keeps on disk for LLaVA
-(and 5.x writes there); `canonical` brings the other layouts to these.
+The right column has canonical names: those that Transformers 4.x keeps on disk
+for LLaVA with a CLIP tower (and 5.x writes there), DINOv2's under the same
+prefix. `canonical` brings the other layouts to these, `on_disk` and
+`in_memory` lead back.
 """
 
 import difflib
@@ -35,16 +37,45 @@ PREFIXES = (
   ("vision tower", "encoder.", f"{TOWER}encoder."),
   ("vision tower", "pre_layrnorm.", f"{TOWER}pre_layrnorm."),
   ("vision tower", "post_layernorm.", f"{TOWER}post_layernorm."),
+  ("vision tower", "layernorm.", f"{TOWER}layernorm."),
+  ("vision tower", "head.", f"{TOWER}head."),
   ("decoder", "model.", LLM),
   ("decoder", "lm_head.", "language_model.lm_head."),
 )
 
-# Tensors that no LLaVA computes with. They are kept beside the parameters, so
-# that a checkpoint goes out with everything it came in with.
-UNUSED = (
-  f"{TOWER}post_layernorm.weight",
-  f"{TOWER}post_layernorm.bias",
+# DINOv2's attention: on disk, and in memory of Transformers 5.
+DINOV2_ATTENTION = (
+  ("attention.attention.query.", "attention.q_proj."),
+  ("attention.attention.key.", "attention.k_proj."),
+  ("attention.attention.value.", "attention.v_proj."),
+  ("attention.output.dense.", "attention.o_proj."),
 )
+
+# Tensors that no LLaVA computes with, by the tower's family: name, and what
+# Transformers starts it as (None: it need not be there). They are kept beside
+# the parameters, so that a checkpoint goes out with all it came in with.
+_HEAD = (
+  "probe",
+  *(f"attention.{x}" for x in ("in_proj_weight", "in_proj_bias")),
+  *(
+    f"{module}.{x}"
+    for module in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+    for x in ("weight", "bias")
+  ),
+)
+UNUSED: dict[str, dict[str, float | None]] = {
+  "clip": {"post_layernorm.weight": 1.0, "post_layernorm.bias": 0.0},
+  "siglip": {
+    "post_layernorm.weight": 1.0,
+    "post_layernorm.bias": 0.0,
+    **{f"head.{name}": None for name in _HEAD},
+  },
+  "dinov2": {
+    "layernorm.weight": 1.0,
+    "layernorm.bias": 0.0,
+    "embeddings.mask_token": 0.0,
+  },
+}
 # Buffers that older versions of Transformers stored.
 BUFFERS = ("embeddings.position_ids", "rotary_emb.inv_freq")
 
@@ -53,7 +84,8 @@ class Name(NamedTuple):
   """A parameter and its tensor; "{}" in `tensor` is the layer.
 
   kind: "same"; "linear" ([.., in, out] here, [.., out, in] there); "patches"
-    ([y x channel, out] here, a convolution's [out, channel, y, x] there).
+    ([y x channel, out] here, a convolution's [out, channel, y, x] there);
+    "batch1", "batch2" (one or two leading axes of size 1 there).
   """
 
   path: str
@@ -62,7 +94,7 @@ class Name(NamedTuple):
 
 
 def _block(prefix, tensor, linears, norms, *, has_bias: bool) -> list[Name]:
-  """The rows of a module's linear maps (ours, theirs) and norms."""
+  """The rows of a module's linear maps and norms, pairs (ours, theirs)."""
   rows = []
 
   def add(ours, theirs, weight, kind):
@@ -76,8 +108,8 @@ def _block(prefix, tensor, linears, norms, *, has_bias: bool) -> list[Name]:
 
   for ours, theirs in linears:
     add(ours, theirs, "kernel", "linear")
-  for norm in norms:
-    add(norm, norm, "scale", "same")
+  for ours, theirs in norms:
+    add(ours, theirs, "scale", "same")
   return rows
 
 
@@ -92,36 +124,93 @@ DECODER = (
       *((f"self_attn/{x}_proj", f"self_attn.{x}_proj") for x in "qkvo"),
       *((f"mlp/{x}_proj", f"mlp.{x}_proj") for x in ("gate", "up", "down")),
     ],
-    ["input_layernorm", "post_attention_layernorm"],
+    [(x, x) for x in ("input_layernorm", "post_attention_layernorm")],
     has_bias=False,
   ),
 )
-VISION = (
-  Name(
-    "vision/patch_embedding/kernel",
-    f"{TOWER}embeddings.patch_embedding.weight",
-    "patches",
-  ),
-  Name("vision/class_embedding", f"{TOWER}embeddings.class_embedding", "same"),
-  Name(
-    "vision/position_embedding",
-    f"{TOWER}embeddings.position_embedding.weight",
-    "same",
-  ),
-  Name("vision/pre_layrnorm/scale", f"{TOWER}pre_layrnorm.weight", "same"),
-  Name("vision/pre_layrnorm/bias", f"{TOWER}pre_layrnorm.bias", "same"),
-  *_block(
+
+
+def _encoder(layers: str, linears, norms) -> list[Name]:
+  """The rows of a tower's layers; theirs are (q, k, v, out), fc1, fc2."""
+  return _block(
     "vision/layers",
-    f"{TOWER}encoder.layers.{{}}",
+    f"{TOWER}encoder.{layers}.{{}}",
     [
-      *((f"{x}_proj", f"self_attn.{x}_proj") for x in ("q", "k", "v", "out")),
+      *zip(("q_proj", "k_proj", "v_proj", "out_proj"), linears, strict=True),
       ("fc1", "mlp.fc1"),
       ("fc2", "mlp.fc2"),
     ],
-    ["layer_norm1", "layer_norm2"],
+    zip(("layer_norm1", "layer_norm2"), norms, strict=True),
     has_bias=True,
-  ),
+  )
+
+
+_PATCHES = Name(
+  "vision/patch_embedding/kernel",
+  f"{TOWER}embeddings.patch_embedding.weight",
+  "patches",
 )
+_POSITIONS = Name(
+  "vision/position_embedding",
+  f"{TOWER}embeddings.position_embedding.weight",
+  "same",
+)
+_CLIP_LAYERS = _encoder(
+  "layers",
+  [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")],
+  ("layer_norm1", "layer_norm2"),
+)
+VISION = {
+  "clip": (
+    _PATCHES,
+    Name(
+      "vision/class_embedding", f"{TOWER}embeddings.class_embedding", "same"
+    ),
+    _POSITIONS,
+    Name("vision/pre_layrnorm/scale", f"{TOWER}pre_layrnorm.weight", "same"),
+    Name("vision/pre_layrnorm/bias", f"{TOWER}pre_layrnorm.bias", "same"),
+    *_CLIP_LAYERS,
+  ),
+  "siglip": (
+    _PATCHES,
+    Name(
+      "vision/patch_embedding/bias",
+      f"{TOWER}embeddings.patch_embedding.bias",
+      "same",
+    ),
+    _POSITIONS,
+    *_CLIP_LAYERS,
+  ),
+  "dinov2": (
+    _PATCHES._replace(
+      tensor=f"{TOWER}embeddings.patch_embeddings.projection.weight"
+    ),
+    Name(
+      "vision/patch_embedding/bias",
+      f"{TOWER}embeddings.patch_embeddings.projection.bias",
+      "same",
+    ),
+    Name("vision/class_embedding", f"{TOWER}embeddings.cls_token", "batch2"),
+    Name(
+      "vision/position_embedding",
+      f"{TOWER}embeddings.position_embeddings",
+      "batch1",
+    ),
+    *_encoder(
+      "layer",
+      [theirs.rstrip(".") for theirs, _ in DINOV2_ATTENTION],
+      ("norm1", "norm2"),
+    ),
+    *(
+      Name(
+        f"vision/layers/layer_scale{i}/scale",
+        f"{TOWER}encoder.layer.{{}}.layer_scale{i}.lambda1",
+        "same",
+      )
+      for i in (1, 2)
+    ),
+  ),
+}
 PROJECTION = tuple(
   _block(
     "projector",
@@ -131,7 +220,6 @@ PROJECTION = tuple(
     has_bias=True,
   )
 )
-TABLE = (*DECODER, *VISION, *PROJECTION)
 # What a mixture adds; stock LLaVA has no such tensors.
 ADAPTERS = (
   *(
@@ -164,6 +252,11 @@ ADAPTERS = (
 )
 
 
+def rows(family: str) -> tuple[Name, ...]:
+  """Every parameter that a LLaVA with a tower of a family may have."""
+  return (*DECODER, *VISION[family], *PROJECTION, *ADAPTERS)
+
+
 def canonical(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
   """Canonical name -> name on disk, and the layouts that were met.
 
@@ -182,6 +275,9 @@ def canonical(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
       continue
     layout, prefix, ours = rule
     meant = ours + name.removeprefix(prefix)
+    if ours.startswith(TOWER):
+      for on_disk, in_memory in DINOV2_ATTENTION:
+        meant = meant.replace(f".{in_memory}", f".{on_disk}")
     if meant in result:
       doubled.append(f"{result[meant]} and {name}")
     result[meant] = name
@@ -190,10 +286,17 @@ def canonical(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
     lines = [f"unknown {name}" for name in unknown]
     lines += [f"twice {pair}" for pair in doubled]
     raise CheckpointError(
-      "tensors of no known layout of LLaVA, Llama or CLIP:\n  "
+      "tensors of no known layout of LLaVA, of a decoder or a tower:\n  "
       + "\n  ".join(lines)
     )
   return result, layouts
+
+
+def on_disk(name: str, family: str) -> str:
+  """A canonical name as stock LLaVA with a tower of a family is stored."""
+  if family == "dinov2" and name.startswith(TOWER):
+    return "vision_tower." + name.removeprefix(TOWER)
+  return name
 
 
 def in_memory(name: str) -> str:
@@ -205,8 +308,16 @@ def in_memory(name: str) -> str:
     (HEAD, "lm_head.weight"),
   ):
     if name.startswith(ours):
-      return theirs + name.removeprefix(ours)
+      name = theirs + name.removeprefix(ours)
+      for stored, module in DINOV2_ATTENTION:
+        name = name.replace(f".{stored}", f".{module}")
+      return name
   raise ValueError(f"{name!r} is no canonical name.")
+
+
+def unused(family: str) -> dict[str, float | None]:
+  """Canonical names of UNUSED."""
+  return {TOWER + name: value for name, value in UNUSED[family].items()}
 
 
 def tensor_names(rows: Iterable[Name], counts: dict[str, int]) -> list[str]:
@@ -255,7 +366,7 @@ def to_ours(kind: str, array: np.ndarray) -> np.ndarray:
     return array.swapaxes(-1, -2)
   if kind == "patches":
     return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
-  return array
+  return array[(0,) * _num_batch(kind)]
 
 
 def to_theirs(kind: str, array: np.ndarray, patch_size: int) -> np.ndarray:
@@ -265,4 +376,20 @@ def to_theirs(kind: str, array: np.ndarray, patch_size: int) -> np.ndarray:
   if kind == "patches":
     shape = (patch_size, patch_size, 3, array.shape[-1])
     return array.reshape(shape).transpose(3, 2, 0, 1)
-  return array
+  return array.reshape((1,) * _num_batch(kind) + array.shape)
+
+
+def shape_there(
+  kind: str, shape: Sequence[int], patch_size: int
+) -> tuple[int, ...]:
+  """The shape of a tensor, from that of our parameter (one layer of it)."""
+  if kind == "linear":
+    return (*shape[:-2], shape[-1], shape[-2])
+  if kind == "patches":
+    return (shape[1], 3, patch_size, patch_size)
+  return (1,) * _num_batch(kind) + tuple(shape)
+
+
+def _num_batch(kind: str) -> int:
+  """Leading axes of size 1 that a tensor has and our parameter has not."""
+  return {"batch1": 1, "batch2": 2}.get(kind, 0)

@@ -6,63 +6,80 @@ from typing import Any
 
 import numpy as np
 
-from mole_jax.interop import hf
+from mole_jax.interop import sources
 from mole_jax.interop.tensors import CheckpointError
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, files, state
+from mole_jax.training import checkpoint, files
 
 
 class Parameters:
-  """Parameters by path, those of a base read part by part when asked for."""
+  """Parameters by path, each read from disk when asked for."""
 
   def __init__(
-    self, trainable: state.Flat, base: base_lib.BaseReader | None
+    self,
+    trainable: checkpoint.StepReader | None,
+    base: base_lib.BaseReader | None,
   ) -> None:
     self._trainable = trainable
+    self._shapes = trainable.shapes if trainable is not None else {}
     self._base = base
-    self._part: tuple[int, state.Flat] = (-1, {})
 
   def __contains__(self, path: str) -> bool:
-    return path in self._trainable or (
+    return path in self._shapes or (
       self._base is not None and path in self._base.parameters
     )
 
+  @property
+  def trained(self) -> frozenset[str]:
+    """Paths of those that are not the base's."""
+    return frozenset(self._shapes)
+
   def shape(self, path: str) -> tuple[int, ...]:
     """Without reading the parameter."""
-    if path in self._trainable:
-      return tuple(self._trainable[path].shape)
+    if path in self._shapes:
+      return tuple(self._shapes[path].shape)
     if path not in self:
       raise CheckpointError(f"the checkpoint holds no parameter {path!r}.")
     return tuple(self._base.parameters[path]["shape"])
 
+  def dtype(self, path: str) -> np.dtype:
+    """Without reading the parameter."""
+    if path in self._shapes:
+      return np.dtype(self._shapes[path].dtype)
+    self.shape(path)  # Says so if it is not there.
+    return sources.DTYPES[self._base.parameters[path]["dtype"]]
+
   def __getitem__(self, path: str) -> np.ndarray:
-    if path in self._trainable:
-      return np.asarray(self._trainable[path])
+    if path in self._shapes:
+      return self._trainable.read(path)
     if self._base is None or path not in self._base.parameters:
       raise CheckpointError(f"the checkpoint holds no parameter {path!r}.")
-    number = self._base.parameters[path]["part"]
-    if self._part[0] != number:
-      self._part = (-1, {})  # Let go before the next one is read.
-      self._part = (number, self._base.read_part(number))
-    return np.asarray(self._part[1][path])
+    return self._base.read(path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
   """A checkpoint of ours.
 
-  what: in words.  model: its `config.model`.  config: that of its run, None
-  for a converted base.  folder: of its base, None where it has none; about:
-  what that says of itself.  figures: accuracy in per cent by domain.
+  what: in words.  model: its `config.model`.  data, balance: those sections of
+  its config.  config: of its run, None for a converted base.  folder: of its
+  base, None where it has none; about: what that says of itself.  figures:
+  accuracy in per cent by domain.
   """
 
   what: str
   model: dict[str, Any]
+  data: dict[str, Any]
+  balance: dict[str, Any]
   params: Parameters
   config: dict[str, Any] | None
   folder: pathlib.Path | None
   about: dict[str, Any]
   figures: dict[str, float]
+
+  @property
+  def has_adapters(self) -> bool:
+    return bool(self.model["mole"]["num_experts"] or self.model["lora"]["rank"])
 
 
 def open_checkpoint(path: pathlib.Path) -> Opened:
@@ -71,32 +88,60 @@ def open_checkpoint(path: pathlib.Path) -> Opened:
   Raises ValueError where there is nothing to read.
   """
   if (path / base_lib.BASE_FILE).exists():
-    base = base_lib.BaseReader(path)
-    if "model" not in base.about:
-      raise CheckpointError(
-        f"{path} was trained here and does not describe itself; name its run "
-        f"({path.parent}) or a stage of it."
-      )
-    model = hf.full_model_section(base.about["model"])
-    what = base.about["source"]
-    return Opened(what, model, Parameters({}, base), None, path, base.about, {})
+    return _open_base(path)
   trained = checkpoint.read_trained(path)
   config = trained.config
   model = config["model"]
   if not config["stages"][trained.stage]["use_adapters"]:
-    model = model | {
-      "mole": model["mole"] | {"num_experts": 0},
-      "lora": model["lora"] | {"rank": 0},
-    }
+    model = _without_adapters(model)
   return Opened(
-    f"{config['name']}, stage {trained.stage}, step {trained.step}",
-    model,
-    Parameters(trained.trainable, trained.base),
-    config,
-    None if trained.base is None else trained.base.directory,
-    {} if trained.base is None else trained.base.about,
-    _figures(path, trained),
+    what=f"{config['name']}, stage {trained.stage}, step {trained.step}",
+    model=model,
+    data=config["data"],
+    balance=config["balance"],
+    params=Parameters(trained.trainable, trained.base),
+    config=config,
+    folder=None if trained.base is None else trained.base.directory,
+    about={} if trained.base is None else trained.base.about,
+    figures=_figures(path, trained),
   )
+
+
+def _open_base(path: pathlib.Path) -> Opened:
+  base = base_lib.BaseReader(path)
+  about = base.about
+  if "config" in about:
+    config, what = about["config"], about["source"]
+    model = config["model"]
+    tokenizer = str(path / config["data"]["tokenizer"])
+    data = config["data"] | {"tokenizer": tokenizer}
+  elif (path.parent / "config.json").exists():  # RUN/base, trained there.
+    config = files.read_json(path.parent / "config.json")
+    what, data = f"base of {config['name']}", config["data"]
+    model = _without_adapters(config["model"])
+  else:
+    raise CheckpointError(
+      f"{path} was trained by a run and does not describe itself; leave it in "
+      "its run directory, or name the run."
+    )
+  return Opened(
+    what=what,
+    model=model,
+    data=data,
+    balance=config["balance"],
+    params=Parameters(None, base),
+    config=None,
+    folder=path,
+    about=about,
+    figures={},
+  )
+
+
+def _without_adapters(model: dict[str, Any]) -> dict[str, Any]:
+  return model | {
+    "mole": model["mole"] | {"num_experts": 0},
+    "lora": model["lora"] | {"rank": 0},
+  }
 
 
 def _figures(

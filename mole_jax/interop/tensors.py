@@ -1,22 +1,24 @@
 """Tensors of a checkpoint on disk, one at a time; nothing is unpickled.
 
 Reads `model.safetensors`, or shards with their index; writes shards and reads
-each one back, since safetensors 0.8 stores arrays that are not contiguous in
-memory wrongly and says nothing.
+each one back. Neither a file nor a copy of a large tensor is ever in memory.
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
-from safetensors import numpy as safetensors_numpy
+
+from mole_jax.training import blocks
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -30,6 +32,8 @@ DTYPES = {
   "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+METADATA = "__metadata__"  # A header's own key; no tensor has this name.
 
 
 class CheckpointError(ValueError):
@@ -51,15 +55,18 @@ class TensorInfo(NamedTuple):
 class Folder:
   """The tensors of one checkpoint folder, by name, read when asked for.
 
-  `infos` comes from headers alone. Raises CheckpointError where a file is
-  missing, damaged, or no safetensors file at all.
+  `infos` comes from headers alone; with `file`, of that file alone. Raises
+  CheckpointError where a file is missing, damaged, or no safetensors file at
+  all.
   """
 
   infos: dict[str, TensorInfo]
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, file: str | None = None):
     self.path = pathlib.Path(path)
-    files, index = _find_files(self.path)
+    files, index = ([file], {}) if file else _find_files(self.path)
+    if file and not (self.path / file).is_file():
+      raise CheckpointError(f"{self.path / file} is missing.")
     self.infos = {}
     for file in files:
       for name, info in _read_header(self.path, file).items():
@@ -84,16 +91,27 @@ class Folder:
     if name not in self.infos:
       raise CheckpointError(f"{self.path} holds no tensor {name!r}.")
     info = self.infos[name]
-    with safetensors.safe_open(self.path / info.file, "np") as file:
-      array = file.get_tensor(name)
-    if array.dtype.kind in "fV" and not np.isfinite(array).all():
-      count = int(np.sum(~np.isfinite(array)))
-      raise CheckpointError(
-        f"{self.path / info.file}: tensor {name!r} holds {count} values that "
-        "are NaN or infinite; the checkpoint is damaged or its training "
-        "diverged."
-      )
+    array = np.empty(info.shape, info.dtype)
+    for rows, block in _read_blocks(self.path / info.file, name, info):
+      array[rows] = block
+    check_finite(self.path / info.file, name, array)
     return array
+
+
+def check_finite(path: pathlib.Path, name: str, array: np.ndarray) -> None:
+  """Raises CheckpointError where a tensor of a file holds NaN or infinity."""
+  if array.dtype.kind not in "fV":
+    return
+  flat = array.reshape(-1)
+  count = sum(
+    int(np.sum(~np.isfinite(flat[rows])))
+    for rows in blocks.row_blocks(flat.shape, flat.itemsize)
+  )
+  if count:
+    raise CheckpointError(
+      f"{path}: tensor {name!r} holds {count} values that are NaN or infinite; "
+      "the checkpoint is damaged or its training diverged."
+    )
 
 
 def _find_files(path: pathlib.Path) -> tuple[list[str], dict[str, str]]:
@@ -181,53 +199,114 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
   os.replace(partial, out)
 
 
+class _Written(NamedTuple):
+  """What must be read back of a tensor."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  sha256: str
+
+  @property
+  def num_bytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
 class ShardWriter:
   """Writes tensors into shards of at most `max_bytes`; a context manager.
 
   A tensor larger than that has a shard of its own. Leaving the context
   without an error names the shards and writes their index (none for a single
-  shard).
+  shard, which gets the name `single_file`); with one, the shard at work is
+  removed.
+
+  A tensor's bytes go to disk when it is added. A shard's header, which stands
+  before them, is known last: they wait in a file for each size of item, and
+  are put together widest first, so that every tensor is aligned.
   """
 
-  def __init__(self, directory: pathlib.Path, max_bytes: int):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    max_bytes: int,
+    single_file: str = SINGLE_FILE,
+  ):
     self._directory = directory
     self._max_bytes = max_bytes
-    self._shard: dict[str, np.ndarray] = {}
+    self._single_file = single_file
+    self._shard: dict[str, _Written] = {}
+    self._waiting: dict[int, BinaryIO] = {}  # By size of item.
     self._shards: list[list[str]] = []
+    self._names: set[str] = set()
     self._total = 0
 
   def __enter__(self) -> "ShardWriter":
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
-    if kind is None:
-      self._flush()
-      self._name_shards()
+    try:
+      if kind is None:
+        self._flush()
+        self._name_shards()
+    finally:
+      self._clear()
 
   def add(self, name: str, array: np.ndarray) -> None:
-    """Adds one tensor; it is copied where it is not contiguous."""
-    size = sum(held.nbytes for held in self._shard.values())
+    """Adds one tensor, contiguous or not; the array may change afterwards.
+
+    Raises CheckpointError where its name or type has no place in a file.
+    """
+    if name in self._names or name == METADATA:
+      raise CheckpointError(f"there cannot be two tensors {name!r}.")
+    if array.dtype not in CODES:
+      raise CheckpointError(
+        f"tensor {name!r} has the type {array.dtype}; wanted one of "
+        f"{sorted(map(str, CODES))}."
+      )
+    size = sum(written.num_bytes for written in self._shard.values())
     if self._shard and size + array.nbytes > self._max_bytes:
       self._flush()
-    is_whole = array.flags.c_contiguous
-    self._shard[name] = array if is_whole else array.copy(order="C")
+    sha = hashlib.sha256()
+    file = self._waiting_file(array.dtype.itemsize)
+    for data in blocks.as_bytes(array):
+      file.write(data)
+      sha.update(data)
+    self._shard[name] = _Written(array.shape, array.dtype, sha.hexdigest())
+    self._names.add(name)
     self._total += array.nbytes
+
+  def _waiting_file(self, itemsize: int) -> BinaryIO:
+    if itemsize not in self._waiting:
+      path = self._directory / f"shard-{len(self._shards)}.{itemsize}.partial"
+      self._waiting[itemsize] = path.open("wb+")
+    return self._waiting[itemsize]
 
   def _flush(self) -> None:
     if not self._shard:
       return
-    path = self._directory / f"shard-{len(self._shards)}.safetensors"
-    safetensors_numpy.save_file(self._shard, path, metadata={"format": "pt"})
-    _check_shard(path, self._shard)
+    partial = self._directory / f"shard-{len(self._shards)}.partial"
+    with partial.open("wb") as file:
+      file.write(_header(self._shard))
+      for itemsize in sorted(self._waiting, reverse=True):
+        self._waiting[itemsize].seek(0)
+        shutil.copyfileobj(self._waiting[itemsize], file, blocks.BLOCK_BYTES)
+    self._clear()
+    _check_shard(partial, self._shard)
+    os.replace(partial, partial.with_suffix(".safetensors"))
     self._shards.append(list(self._shard))
     self._shard = {}
+
+  def _clear(self) -> None:
+    for file in self._waiting.values():
+      file.close()
+      os.unlink(file.name)
+    self._waiting = {}
 
   def _name_shards(self) -> None:
     count = len(self._shards)
     weight_map = {}
     for number, names in enumerate(self._shards):
       file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-      file = file if count > 1 else SINGLE_FILE
+      file = file if count > 1 else self._single_file
       os.replace(
         self._directory / f"shard-{number}.safetensors", self._directory / file
       )
@@ -241,18 +320,54 @@ class ShardWriter:
       path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _check_shard(path: pathlib.Path, written: Mapping[str, np.ndarray]) -> None:
+def _header(shard: dict[str, _Written]) -> bytes:
+  """A file's beginning; tensors stand widest first, else in their order."""
+  values: dict[str, Any] = {METADATA: {"format": "pt"}}
+  at = 0
+  for name in sorted(shard, key=lambda name: -shard[name].dtype.itemsize):
+    written = shard[name]
+    end = at + written.num_bytes
+    values[name] = {
+      "dtype": CODES[written.dtype],
+      "shape": written.shape,
+      "data_offsets": [at, end],
+    }
+    at = end
+  text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # The data is aligned, too.
+  return len(text).to_bytes(8, "little") + text
+
+
+def _read_blocks(
+  path: pathlib.Path, name: str, like: TensorInfo | _Written
+) -> Iterator[tuple[Any, np.ndarray]]:
+  """A tensor of a file some rows at a time: which, and their values.
+
+  The file is opened for each anew: what was read of a mapped file counts as
+  memory until it is closed.
+  """
+  if like.num_bytes <= blocks.BLOCK_BYTES:
+    with safetensors.safe_open(path, "np") as file:
+      yield ..., file.get_tensor(name)
+    return
+  for rows in blocks.row_blocks(like.shape, like.dtype.itemsize):
+    with safetensors.safe_open(path, "np") as file:
+      yield rows, file.get_slice(name)[rows]
+
+
+def _check_shard(path: pathlib.Path, shard: dict[str, _Written]) -> None:
   """Reads a shard back; CheckpointError unless it is bit for bit the same."""
-  with safetensors.safe_open(path, "np") as opened:
-    for name, array in written.items():
-      read = opened.get_tensor(name)
-      same = read.dtype == array.dtype and read.shape == array.shape
-      if not same or not np.array_equal(_bytes(read), _bytes(array)):
-        raise CheckpointError(
-          f"{path}: tensor {name!r} does not read back as it was written; the "
-          "disk or the safetensors library is at fault."
-        )
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-  return array.reshape(-1).view(np.uint8)
+  infos = _read_header(path.parent, path.name)
+  for name, written in shard.items():
+    same = name in infos and infos[name][:2] == written[:2]
+    if same:
+      sha = hashlib.sha256()
+      for _, block in _read_blocks(path, name, written):
+        for data in blocks.as_bytes(block):
+          sha.update(data)
+      same = sha.hexdigest() == written.sha256
+    if not same or len(infos) != len(shard):
+      raise CheckpointError(
+        f"{path}: tensor {name!r} does not read back as it was written; the "
+        "disk or the safetensors library is at fault."
+      )

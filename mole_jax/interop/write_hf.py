@@ -1,20 +1,19 @@
-"""Our parameters to folders that PyTorch users load."""
+"""What formats can hold, and our parameters as their tensors."""
 
-import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mole_jax.interop import hf, names
-from mole_jax.interop.tensors import CheckpointError, ShardWriter
+from mole_jax.interop import names, sources
+from mole_jax.interop.tensors import CheckpointError
 from mole_jax.models import lora
 
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
 
-Reader = Callable[[str], np.ndarray]
+Reader = Callable[[str], "np.ndarray | MergedKernel"]
 
 
 def check_stock(model: Mapping[str, Any]) -> None:
@@ -25,11 +24,11 @@ def check_stock(model: Mapping[str, Any]) -> None:
       "which expert serves depends on the token, and stock LLaVA has one "
       "matrix. Use --format mole."
     )
-  if model["image_token_id"] == hf.NO_IMAGE_TOKEN:
+  if model["image_token_id"] == sources.NO_IMAGE_TOKEN:
     raise CheckpointError(
-      "stock LLaVA needs the id that stands for images, and the base (of an "
-      "original LLaVA, or of parts) has none: train with "
-      "config.model.image_token_id set, and export the run."
+      "stock LLaVA needs the id that stands for images, and the base, "
+      "converted without a tokenizer, has none: convert it again with "
+      "tokenizer.json beside its weights."
     )
   if model["use_visual_tokens"]:
     raise CheckpointError(
@@ -38,26 +37,69 @@ def check_stock(model: Mapping[str, Any]) -> None:
     )
 
 
-def check_mole(
-  model: Mapping[str, Any], config: Mapping[str, Any] | None
-) -> None:
-  """Raises CheckpointError where there is no adapter to write."""
-  if config is None or not (
-    model["mole"]["num_experts"] or model["lora"]["rank"]
+def check_mole(model: Mapping[str, Any]) -> None:
+  """Raises CheckpointError where stock LLaVA would do."""
+  if not (
+    model["mole"]["num_experts"]
+    or model["lora"]["rank"]
+    or model["use_visual_tokens"]
   ):
+    raise CheckpointError(
+      "the checkpoint has neither experts nor LoRA nor visual tokens: use "
+      "--format merged."
+    )
+
+
+def check_experts(model: Mapping[str, Any]) -> None:
+  """Raises CheckpointError where PEFT has no place for a model."""
+  if not (model["mole"]["num_experts"] or model["lora"]["rank"]):
     raise CheckpointError(
       "the checkpoint has neither experts nor LoRA: use --format merged."
     )
+  if model["mole"]["num_experts"] <= 1 and model["use_visual_tokens"]:
+    raise CheckpointError(
+      "a PEFT adapter of stock LLaVA has no visual_start and visual_end "
+      "vectors: use --format mole."
+    )
+
+
+def is_added(row: names.Name) -> bool:
+  """Whether a parameter goes where a base stays behind.
+
+  Adapters, and the projector: they were trained behind it.
+  """
+  return row in names.ADAPTERS or row.path.startswith("projector/")
+
+
+class MergedKernel:
+  """W + scale A B of all layers, in float32; computed as a layer is taken."""
+
+  dtype = np.dtype(np.float32)
+
+  def __init__(
+    self, kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float
+  ):
+    self._kernel, self._a, self._b, self._scale = kernel, a, b, scale
+
+  def __len__(self) -> int:
+    return len(self._kernel)
+
+  def __getitem__(self, layer: int) -> np.ndarray:
+    change = self._scale * (self._a[layer] @ self._b[layer])
+    change += self._kernel[layer]
+    return change
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.asarray(np.stack(list(self)), dtype)
 
 
 def merged_reader(params: Any, model: Mapping[str, Any]) -> Reader:
   """Kernels with their LoRA added: W + (alpha / r) A B, in float32.
-
   `params` gives arrays by path and says with `in` which there are; `model` is
   `config.model`, one expert at most.
   """
 
-  def read(path: str) -> np.ndarray:
+  def read(path: str) -> np.ndarray | MergedKernel:
     kernel = np.asarray(params[path])
     stem = path.removesuffix("/kernel")
     if f"{stem}/lora_a" not in params:
@@ -68,84 +110,41 @@ def merged_reader(params: Any, model: Mapping[str, Any]) -> Reader:
     b = np.asarray(params[f"{stem}/lora_b"], np.float32)
     if a.ndim == 4:  # [layer, expert, in, rank], of a single expert.
       a, b = a[:, 0], b[:, 0]
-    return kernel.astype(np.float32) + scale * (a @ b)
+    return MergedKernel(kernel, a, b, scale)
 
   return read
 
 
-def write_tensors(
-  out: pathlib.Path,
+def tensors(
   model: Mapping[str, Any],
   rows: Sequence[names.Name],
   read: Reader,
-  unused: Mapping[str, np.ndarray],
-  rename: Callable[[str], str],
-  *,
-  dtype: np.dtype,
-  max_shard_bytes: int,
-) -> None:
-  """Writes parameters as tensors, one parameter in memory at a time.
+  dtype_of: Callable[[str], np.dtype],
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Tensors by canonical name, one parameter in memory at a time.
+
+  Tensors are views of it: let go of one before the next is asked for.
 
   Args:
-    out: an empty directory.
-    model: `config.model` of what is written.
-    rows: which parameters.
-    read: gives the parameter at a path.
-    unused: tensors that stock LLaVA has and nothing computes with.
-    rename: canonical name -> name on disk.
-    dtype: of all tensors.
-    max_shard_bytes: size of a shard.
+    model: `config.model`.
+    rows: what to write.
+    read: a parameter by path; layers stacked.
+    dtype_of: what type a parameter, by path, is written in.
   """
-  width = model["vision"]["hidden_size"]
-  # A final norm that no feature layer passes: as Transformers initialises it.
-  default = dict(
-    zip(names.UNUSED, (np.ones(width), np.zeros(width)), strict=True)
-  )
-  counts = hf.num_layers(model)
-  with ShardWriter(out, max_shard_bytes) as writer:
-    for row in rows:
-      parameter = read(row.path)
-      layers = parameter if "{}" in row.tensor else parameter[None]
-      on_disk = names.layer_names(row, counts[row.path.split("/")[0]])
-      for name, array in zip(on_disk, layers, strict=True):
-        patch_size = model["vision"]["patch_size"]
-        array = names.to_theirs(row.kind, array, patch_size)
-        writer.add(rename(name), array.astype(dtype, copy=False))
-      del parameter, layers
-    for name, array in (default | dict(unused)).items():
-      writer.add(rename(name), array.astype(dtype))
-
-
-def write_config(out: pathlib.Path, values: Mapping[str, Any]) -> None:
-  """Writes config.json."""
-  (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+  counts = sources.num_layers(model)
+  patch_size = model["vision"]["patch_size"]
+  for row in rows:
+    parameter = read(row.path)
+    layers = parameter if "{}" in row.tensor else parameter[None]
+    there = names.layer_names(row, counts[row.path.split("/")[0]])
+    for name, array in zip(there, layers, strict=True):
+      array = names.to_theirs(row.kind, array, patch_size)
+      yield name, array.astype(dtype_of(row.path), copy=False)
+      del array
+    del parameter, layers
 
 
 def write_modeling(out: pathlib.Path) -> None:
   """Copies the PyTorch files that config.json's auto_map names."""
   for file in sorted(TORCH_FILES.glob("*.py")):
     shutil.copyfile(file, out / file.name)
-
-
-def write_processor(
-  out: pathlib.Path, model: Mapping[str, Any], about: Mapping[str, Any]
-) -> None:
-  """preprocessor_config.json: pad to a square, resize, normalise."""
-  size = model["vision"]["image_size"]
-  values = {
-    "image_processor_type": "LlavaImageProcessor",
-    "do_convert_rgb": True,
-    "do_pad": True,
-    "do_resize": True,
-    "size": {"shortest_edge": size},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": size, "width": size},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(about["image_mean"]),
-    "image_std": list(about["image_std"]),
-  }
-  path = out / "preprocessor_config.json"
-  path.write_text(json.dumps(values, indent=2) + "\n")

@@ -20,7 +20,12 @@ from mole_jax.models import attention, lora, mole, remat
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A decoder's shape, in Transformers' words."""
+  """A decoder's shape, in Transformers' words.
+
+  sliding_window: tokens that attention reaches back, 0 for all. Longer rows
+    are refused: up to this length a window changes nothing.
+  max_position_embeddings: tokens that the decoder was trained for.
+  """
 
   vocab_size: int = 32000
   hidden_size: int = 4096
@@ -31,6 +36,8 @@ class DecoderConfig:
   head_dim: int = 128
   rms_norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  sliding_window: int = 0
+  max_position_embeddings: int = 4096
   tie_word_embeddings: bool = False
 
   def __post_init__(self):
@@ -43,6 +50,15 @@ class DecoderConfig:
       raise ValueError(
         f"decoder.head_dim={self.head_dim} must be even: rotary positions "
         "turn pairs of dimensions."
+      )
+
+  def check_length(self, num_tokens: int, what: str) -> None:
+    """Raises ValueError where rows are longer than attention's window."""
+    if self.sliding_window and num_tokens > self.sliding_window:
+      raise ValueError(
+        f"{what} is {num_tokens} tokens, but the decoder attends within "
+        f"{self.sliding_window} (decoder.sliding_window), which is not "
+        f"implemented: use {self.sliding_window} or fewer."
       )
 
 
@@ -165,12 +181,17 @@ class DecoderLayer(nn.Module):
   lora: LoraConfig
   mole: mole.MoleConfig
   is_training: bool
+  keep_inputs: bool = False
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "B T D"], cache: Cache | None, shared: _Shared
-  ) -> tuple[Float[Array, "B T D"], tuple[LayerRouting | None, Cache | None]]:
+  ) -> tuple[
+    Float[Array, "B T D"],
+    tuple[LayerRouting | None, Cache | None, Float[Array, "B T D"] | None],
+  ]:
     c = self.config
+    kept = x if self.keep_inputs else None
     # Residual branches start small: variance / (2 L), as in GPT-2.
     init_scale = 0.5 / c.num_layers
     y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
@@ -183,7 +204,7 @@ class DecoderLayer(nn.Module):
     if routing is not None:
       sums = mole.routing_sums(routing, shared.segments)
       routing = LayerRouting(sums, routing.chosen)
-    return x + y, (routing, cache)
+    return x + y, (routing, cache, kept)
 
 
 class Decoder(nn.Module):
@@ -225,7 +246,13 @@ class Decoder(nn.Module):
     cache: Cache | None = None,
     slot: Int[Array, ""] | None = None,
     is_training: bool = False,
-  ) -> tuple[Float[Array, "B T D"], LayerRouting | None, Cache | None]:
+    keep_inputs: bool = False,
+  ) -> tuple[
+    Float[Array, "B T D"],
+    LayerRouting | None,
+    Cache | None,
+    Float[Array, "L B T D"] | None,
+  ]:
     """Runs the layers on embedded tokens.
 
     Args:
@@ -237,10 +264,12 @@ class Decoder(nn.Module):
         attention runs over the whole cache.
       slot: first cache slot to write.
       is_training: turns LoRA dropout on (needs the "dropout" rng).
+      keep_inputs: returns what enters each layer, to compare with others.
 
     Returns:
       final hidden states (normalised), routing stacked over layers (None
-      without a mixture), the new cache (None without one).
+      without a mixture), the new cache (None without one), each layer's input
+      (None unless kept).
     """
     c = self.config
     router = None
@@ -257,6 +286,6 @@ class Decoder(nn.Module):
       split_rngs={"params": True, "dropout": True},
       in_axes=(0, nn.broadcast),
       length=c.num_layers,
-    )(c, self.lora, self.mole, is_training, name="layers")
-    x, (routing, cache) = layers(x, cache, shared)
-    return self.norm(x), routing, cache
+    )(c, self.lora, self.mole, is_training, keep_inputs, name="layers")
+    x, (routing, cache, inputs) = layers(x, cache, shared)
+    return self.norm(x), routing, cache, inputs

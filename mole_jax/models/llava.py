@@ -78,11 +78,12 @@ def _fill(cls, values, where):
 
 
 class Output(NamedTuple):
-  """Final hidden states, routing stacked over layers, cache."""
+  """Final hidden states, routing stacked over layers, cache, layers' inputs."""
 
   hidden: Float[Array, "B T D"]
   routing: decoder.LayerRouting | None
   cache: decoder.Cache | None
+  layer_inputs: Float[Array, "L B T D"] | None
 
 
 def place_image_features(
@@ -182,15 +183,24 @@ class Llava(nn.Module):
     segment_ids: Int[Array, "B T"],
     num_segments: int,
     is_training: bool = False,
+    keep_inputs: bool = False,
   ) -> Output:
     """Runs packed rows; segment 0 is padding, which is never counted.
 
     Images are normalised floats, in order of appearance in their row.
+    `keep_inputs` is for comparisons: see `Decoder`.
     """
     mask = attention.causal_segment_mask(segment_ids)
     segments = segment_members(segment_ids, num_segments)
     x = self.embed(input_ids, pixel_values)
-    output = self.decoder(x, positions, mask, segments, is_training=is_training)
+    output = self.decoder(
+      x,
+      positions,
+      mask,
+      segments,
+      is_training=is_training,
+      keep_inputs=keep_inputs,
+    )
     return Output(*output)
 
   def extend(

@@ -1,31 +1,55 @@
-"""Vision towers of the CLIP family: one pre-norm transformer over patches.
+"""Vision towers: one pre-norm transformer over patches, three families.
 
-Radford et al. 2021; names and order of operations follow `CLIPVisionModel` of
-Transformers.
+CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), DINOv2 (Oquab et al.
+2023); order of operations as in `CLIPVisionModel`, `SiglipVisionModel` and
+`Dinov2Model` of Transformers, parameters in CLIP's words.
 
 Einsum axes: see lora.py.
 """
 
 import dataclasses
+import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Float64
 
 from mole_jax.models import attention, lora, remat
 
-ACTIVATIONS = ("quick_gelu", "gelu")
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+
+
+class Family(NamedTuple):
+  """In what the towers differ."""
+
+  has_class_token: bool
+  has_pre_norm: bool  # Before the first layer.
+  has_patch_bias: bool
+  has_layer_scale: bool  # A learned factor on each residual branch.
+
+
+FAMILIES = {
+  "clip": Family(True, True, False, False),
+  "siglip": Family(False, False, True, False),
+  "dinov2": Family(True, False, True, True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
   """A tower's shape, in Transformers' words; sizes in pixels.
 
+  family: one of FAMILIES.
+  position_grid: patches on a side for which positions were learned; they are
+    interpolated where an image has another number. 0: as many as it has.
   feature_layer: which hidden state is the feature, counted as in Transformers:
     -1 is the output of the last layer, -2 of the one before it.
   """
 
+  family: str = "clip"
   image_size: int = 336
   patch_size: int = 14
   hidden_size: int = 1024
@@ -34,9 +58,18 @@ class VisionConfig:
   num_heads: int = 16
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
+  position_grid: int = 0
   feature_layer: int = -1
 
   def __post_init__(self):
+    if self.family not in FAMILIES:
+      raise ValueError(
+        f"vision.family={self.family!r} must be one of {tuple(FAMILIES)}."
+      )
+    if self.position_grid < 0:
+      raise ValueError(
+        f"vision.position_grid={self.position_grid} must be at least 0."
+      )
     if self.image_size % self.patch_size:
       raise ValueError(
         f"vision.image_size={self.image_size} must be a multiple of "
@@ -66,6 +99,10 @@ class VisionConfig:
     return self.patches_per_side**2
 
   @property
+  def positions_per_side(self) -> int:
+    return self.position_grid or self.patches_per_side
+
+  @property
   def num_used_layers(self) -> int:
     """Layers that run; those behind the feature layer only keep weights."""
     layer = self.feature_layer
@@ -76,7 +113,7 @@ def activate(x: Float[Array, "*N"], name: str) -> Float[Array, "*N"]:
   """`quick_gelu` is x sigmoid(1.702 x); `gelu` the exact (erf) one."""
   if name == "quick_gelu":
     return x * jax.nn.sigmoid(1.702 * x)
-  return jax.nn.gelu(x, approximate=False)
+  return jax.nn.gelu(x, approximate=name == "gelu_pytorch_tanh")
 
 
 def patchify(
@@ -89,6 +126,40 @@ def patchify(
     batch, rows, patch_size, columns, patch_size, channels
   )
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+
+
+def bicubic_weights(source: int, target: int) -> Float64[np.ndarray, "O I"]:
+  """Row o: what each of `source` samples adds to sample o of `target`.
+
+  Keys 1981 with a = -0.75, borders repeated, no antialiasing:
+  `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`, with
+  which DINOv2 resizes its positions. (`jax.image.resize` has a = -0.5.)
+  """
+  a = -0.75
+  weights = np.zeros((target, source))
+  for row in range(target):
+    place = (row + 0.5) * source / target - 0.5
+    first = math.floor(place)
+    for index in range(first - 1, first + 3):
+      d = abs(place - index)
+      if d <= 1:
+        weight = ((a + 2) * d - (a + 3)) * d * d + 1
+      else:
+        weight = a * (((d - 5) * d + 8) * d - 4)
+      weights[row, min(max(index, 0), source - 1)] += weight
+  return weights
+
+
+def resize_positions(
+  positions: Float[Array, "I D"], source: int, target: int
+) -> Float[Array, "O D"]:
+  """Positions of a grid of source x source patches for target x target."""
+  if source == target:
+    return positions
+  weights = jnp.asarray(bicubic_weights(source, target), jnp.float32)
+  grid = positions.astype(jnp.float32).reshape(source, source, -1)
+  grid = jnp.einsum("oy,pz,yzd->opd", weights, weights, grid)
+  return grid.reshape(target * target, -1).astype(positions.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -109,6 +180,16 @@ class LayerNorm(nn.Module):
     return y.astype(x.dtype)
 
 
+class LayerScale(nn.Module):
+  """A learned factor for each channel (Touvron et al. 2021, equation 5)."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+    ones = nn.initializers.ones_init()
+    scale = self.param("scale", ones, (x.shape[-1],))
+    return x * lora.along_last(scale, x)
+
+
 class VisionLayer(nn.Module):
   """Pre-norm block: attention, then a two-layer MLP; a scan's body."""
 
@@ -127,6 +208,11 @@ class VisionLayer(nn.Module):
         features, use_bias=True, init_scale=init_scale, name=name
       )
 
+    def scaled(branch, name):
+      if not FAMILIES[c.family].has_layer_scale:
+        return branch
+      return LayerScale(name=name)(branch)
+
     # Residual branches start small: std / sqrt(2 L) as in GPT-2.
     init_scale = 0.5 / c.num_layers
     y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
@@ -134,14 +220,16 @@ class VisionLayer(nn.Module):
     key = linear(width, "k_proj")(y).reshape(heads)
     value = linear(width, "v_proj")(y).reshape(heads)
     y = attention.attend(query, key, value, None).reshape(x.shape)
-    x = x + linear(width, "out_proj", init_scale)(y)
+    y = linear(width, "out_proj", init_scale)(y)
+    x = x + scaled(y, "layer_scale1")
     y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
     y = activate(linear(c.intermediate_size, "fc1")(y), c.hidden_act)
-    return x + linear(width, "fc2", init_scale)(y), None
+    y = linear(width, "fc2", init_scale)(y)
+    return x + scaled(y, "layer_scale2"), None
 
 
 class VisionTower(nn.Module):
-  """Images to the features of their patches, class token dropped."""
+  """Images to the features of their patches, a class token dropped."""
 
   config: VisionConfig
   remat: str = "none"
@@ -151,20 +239,29 @@ class VisionTower(nn.Module):
     self, pixel_values: Float[Array, "B Y X 3"]
   ) -> Float[Array, "B P D"]:
     c = self.config
+    family = FAMILIES[c.family]
     normal = nn.initializers.normal(0.02)
     patches = patchify(pixel_values, c.patch_size)
-    x = lora.LoraLinear(c.hidden_size, name="patch_embedding")(patches)
-    token = self.param("class_embedding", normal, (c.hidden_size,))
-    token = jnp.broadcast_to(
-      token.astype(x.dtype), (x.shape[0], 1, c.hidden_size)
-    )
-    x = jnp.concatenate([token, x], axis=1)
-    shape = (c.num_patches + 1, c.hidden_size)
+    x = lora.LoraLinear(
+      c.hidden_size, use_bias=family.has_patch_bias, name="patch_embedding"
+    )(patches)
+    num_class = int(family.has_class_token)
+    if num_class:
+      token = self.param("class_embedding", normal, (c.hidden_size,))
+      token = jnp.broadcast_to(
+        token.astype(x.dtype), (x.shape[0], 1, c.hidden_size)
+      )
+      x = jnp.concatenate([token, x], axis=1)
+    shape = (c.positions_per_side**2 + num_class, c.hidden_size)
     positions = self.param("position_embedding", normal, shape)
+    grid = resize_positions(
+      positions[num_class:], c.positions_per_side, c.patches_per_side
+    )
+    positions = jnp.concatenate([positions[:num_class], grid])
     x = x + positions.astype(x.dtype)[None]
-    x = LayerNorm(c.layer_norm_eps, name="pre_layrnorm")(x)
-    x = self._run_layers(x)
-    return x[:, 1:]
+    if family.has_pre_norm:
+      x = LayerNorm(c.layer_norm_eps, name="pre_layrnorm")(x)
+    return self._run_layers(x)[:, num_class:]
 
   def _run_layers(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
     """Scans the layers up to the feature layer.

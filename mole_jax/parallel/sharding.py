@@ -31,7 +31,7 @@ RULES = (
   (r"vision/layers/([qkv]_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
   (r"vision/layers/(out_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
   (r"vision/layers/\w+/(bias|scale)", P()),
-  (r"vision/(patch_embedding/kernel|\w+_embedding)", P()),
+  (r"vision/(patch_embedding/(kernel|bias)|\w+_embedding)", P()),
   (r"vision/pre_layrnorm/(bias|scale)", P()),
   (r"projector/linear_[12]/kernel", P("fsdp", "tensor")),
   (r"projector/linear_[12]/bias", P()),

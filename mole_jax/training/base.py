@@ -3,10 +3,13 @@
     DIR/params/000/, 001/ ...    Orbax checkpoints of some parameters each
     DIR/base.json                what is in which, hashes; written last
 
-Parts are small enough that a base of any size can be written parameter by
-parameter.
+Parts are small, since Orbax takes some three times the memory of what it
+writes or reads, and a parameter that is larger than a part spans several: a
+base of any size is written parameter by parameter, and read so.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import pathlib
 import shutil
@@ -17,10 +20,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mole_jax.training import files, state
+from mole_jax.training import blocks, files, state
 
 BASE_FILE = "base.json"
-PART_BYTES = 256 * 2**20  # A part holds at least one parameter.
+PART_BYTES = 64 * 2**20
 
 
 class BaseReference(NamedTuple):
@@ -32,9 +35,10 @@ class BaseReference(NamedTuple):
 
 def digest(leaf: Any) -> str:
   """SHA-256 of one parameter's type, shape and bytes."""
-  array = np.ascontiguousarray(jax.device_get(leaf))
+  array = np.asarray(jax.device_get(leaf))
   sha = hashlib.sha256(f"{array.dtype} {array.shape}\n".encode())
-  sha.update(array.reshape(-1).view(np.uint8).data)
+  for data in blocks.as_bytes(array):
+    sha.update(data)
   return sha.hexdigest()
 
 
@@ -76,17 +80,27 @@ def write_base(
         checkpointer.wait_until_finished()
         num_parts += 1
         part.clear()
+        _trim_memory()
 
     for name, leaf in pairs:
       if part and _num_bytes(part.values()) + leaf.nbytes > PART_BYTES:
         flush()
-      part[name] = leaf
       entries[name] = {
         "shape": list(leaf.shape),
         "dtype": str(leaf.dtype),
         "sha256": digest(leaf),
         "part": num_parts,
       }
+      if leaf.nbytes <= PART_BYTES:
+        part[name] = np.asarray(leaf, order="C")
+      else:
+        array = _as_matrix(np.asarray(leaf))
+        entries[name]["rows"] = []
+        for rows in blocks.row_blocks(array.shape, array.itemsize, PART_BYTES):
+          part[name] = np.ascontiguousarray(array[rows])
+          entries[name]["rows"].append(rows.stop - rows.start)
+          flush()
+        del array
       del leaf
     flush()
   sha256 = _digest_of_all(entries)
@@ -97,6 +111,21 @@ def write_base(
 
 def _num_bytes(leaves: Iterable[Any]) -> int:
   return sum(leaf.nbytes for leaf in leaves)
+
+
+def _trim_memory() -> None:
+  """Gives freed memory back to the system.
+
+  glibc keeps what Orbax's threads free, each a part's size in the end.
+  """
+  # Other systems have no such call, nor need it.
+  with contextlib.suppress(AttributeError, OSError, TypeError):
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _as_matrix(array: np.ndarray) -> np.ndarray:
+  """What a parameter is cut from: all axes but the last are rows."""
+  return array.reshape(-1, array.shape[-1])
 
 
 def _key(name: str) -> str:
@@ -113,17 +142,20 @@ def read_reference(directory: pathlib.Path) -> BaseReference | None:
 
 
 class BaseReader:
-  """A base on disk: what it holds, and its parameters a part at a time.
+  """A base on disk: what it holds, and its parameters one or some at a time.
 
   Raises ValueError where the base is absent or has another hash than
   `expected_sha256` ("": any).
   """
 
   about: dict[str, Any]
-  parameters: dict[str, dict[str, Any]]  # Path -> shape, dtype, sha256, part.
+  # Path -> shape, dtype, sha256, part; of one that spans several parts from
+  # that on also "rows", how many each holds.
+  parameters: dict[str, dict[str, Any]]
 
   def __init__(self, directory: pathlib.Path, expected_sha256: str = ""):
     self.directory = directory.absolute()
+    self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
     path = self.directory / BASE_FILE
     if not path.exists():
       raise ValueError(
@@ -147,41 +179,69 @@ class BaseReader:
       )
 
   def parts(self) -> list[list[str]]:
-    """Parameters by part, in the order of writing."""
+    """Parameters by the part that they are, or begin, in."""
     count = 1 + max(entry["part"] for entry in self.parameters.values())
     parts: list[list[str]] = [[] for _ in range(count)]
     for name, entry in self.parameters.items():
       parts[entry["part"]].append(name)
     return parts
 
+  def read(self, name: str) -> np.ndarray:
+    """One parameter, verified, in memory of the host; not to be changed.
+
+    Of a part with several parameters all are kept until another is read from.
+    """
+    entry = self.parameters[name]
+    number, dtype = entry["part"], np.dtype(entry["dtype"])
+    if "rows" in entry:
+      self._held = (-1, {})
+      array = np.empty(entry["shape"], dtype)
+      matrix, start = _as_matrix(array), 0
+      for i, count in enumerate(entry["rows"]):
+        shapes = {name: ((count, matrix.shape[1]), dtype)}
+        piece = self._restore(number + i, shapes)[name]
+        matrix[start : start + count] = piece
+        start += count
+        del piece
+    else:
+      if self._held[0] != number:
+        self._held = (-1, {})  # Let go before the next one is read.
+        shapes = {
+          other: (tuple(held["shape"]), np.dtype(held["dtype"]))
+          for other, held in self.parameters.items()
+          if held["part"] == number
+        }
+        self._held = (number, self._restore(number, shapes))
+      array = self._held[1][name]
+    if digest(array) != entry["sha256"]:
+      raise ValueError(
+        f"the base in {self.directory} was changed or damaged: {name} does "
+        "not have its sha256; restore it or train anew."
+      )
+    return array
+
+  def _restore(
+    self, number: int, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+  ) -> dict[str, np.ndarray]:
+    wanted = {_key(name): np.empty(*shapes[name]) for name in shapes}
+    with ocp.StandardCheckpointer() as checkpointer:
+      path = self.directory / "params" / f"{number:03d}"
+      tree = checkpointer.restore(path, wanted)
+    _trim_memory()
+    return {name: tree[_key(name)] for name in shapes}
+
   def read_part(
     self, number: int, shardings: Mapping[str, Any] | None = None
   ) -> state.Flat:
     """The parameters of a part, verified; without shardings, on one device."""
-    names = self.parts()[number]
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {
-      _key(name): jax.ShapeDtypeStruct(
-        self.parameters[name]["shape"],
-        self.parameters[name]["dtype"],
-        sharding=(shardings[name] if shardings else None) or first,
-      )
-      for name in names
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-      path = self.directory / "params" / f"{number:03d}"
-      tree = checkpointer.restore(path, wanted)
-    flat = {name: tree[_key(name)] for name in names}
-    damaged = [
-      name
-      for name, leaf in flat.items()
-      if digest(leaf) != self.parameters[name]["sha256"]
-    ]
-    if damaged:
-      raise ValueError(
-        f"the base in {self.directory} was changed or damaged: "
-        f"{', '.join(damaged)} does not have its sha256; restore it or train "
-        "anew."
+    flat = {}
+    for name in self.parts()[number]:
+      array = self.read(name)
+      flat[name] = jax.make_array_from_callback(
+        array.shape,
+        (shardings[name] if shardings else None) or first,
+        lambda index, array=array: array[index],
       )
     return flat
 
@@ -235,19 +295,6 @@ def _check_fit(
       f"the base in {directory} does not fit config.model:\n  "
       + "\n  ".join(problems)
     )
-
-
-def placed(
-  shapes: Mapping[str, jax.ShapeDtypeStruct],
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Puts leaves without a sharding on the first device."""
-  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return {
-    name: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=leaf.sharding or first
-    )
-    for name, leaf in shapes.items()
-  }
 
 
 def base_shapes(

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mole_jax.training import base as base_lib
-from mole_jax.training import files, state
+from mole_jax.training import files, rundir, state
 
 
 class ReadModel(NamedTuple):
@@ -27,17 +28,6 @@ class ReadModel(NamedTuple):
   stage: str
   step: int
   params: state.Flat
-
-
-class TrainedModel(NamedTuple):
-  """A stage's trained parameters, and where the frozen ones are."""
-
-  config: dict[str, Any]
-  stage: str
-  step: int
-  trainable: state.Flat
-  frozen: tuple[str, ...]
-  base: base_lib.BaseReader | None
 
 
 class StageCheckpoints:
@@ -105,20 +95,60 @@ class StageCheckpoints:
       restored["meta"],
     )
 
-  def restore_trainable(
-    self, step: int, shapes: Mapping[str, jax.ShapeDtypeStruct]
-  ) -> tuple[state.Flat, dict[str, Any]]:
-    """Restores only the trained parameters of a step, and meta."""
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        trainable=ocp.args.StandardRestore(
-          state.unflatten(base_lib.placed(shapes))
-        ),
-        meta=ocp.args.JsonRestore(),
-      ),
+  def read_meta(self, step: int) -> dict[str, Any]:
+    """What a step says of itself."""
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)["meta"]
+
+
+class StepReader:
+  """The trained parameters of a step, read one at a time.
+
+  `shapes` are those wanted; raises ValueError that lists all parameters which
+  the step holds otherwise, from headers alone.
+  """
+
+  def __init__(
+    self, step: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]
+  ):
+    self.shapes = dict(shapes)
+    self._folder = step.absolute() / "trainable"
+    self._handler = ocp.PyTreeCheckpointHandler()
+    tree = self._handler.metadata(self._folder).tree
+    stored = {name: leaf.shape for name, leaf in state.flatten(tree).items()}
+    wanted = {name: tuple(leaf.shape) for name, leaf in shapes.items()}
+    problems = [
+      f"{name} is {stored.get(name)}, wanted {wanted.get(name)}"
+      for name in sorted(stored | wanted)
+      if stored.get(name) != wanted.get(name)
+    ]
+    if problems:
+      raise ValueError(
+        f"the checkpoint {step} does not fit the config of its run:\n  "
+        + "\n  ".join(problems)
+      )
+
+  def read(self, name: str) -> np.ndarray:
+    """One parameter, in memory of the host."""
+    leaf = self.shapes[name]
+    tree = state.unflatten({name: np.empty(leaf.shape, leaf.dtype)})
+    args = ocp.args.PyTreeRestore(
+      item=tree,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+      partial_restore=True,
     )
-    return state.flatten(restored["trainable"]), restored["meta"]
+    return state.flatten(self._handler.restore(self._folder, args=args))[name]
+
+
+class TrainedModel(NamedTuple):
+  """Where a stage's trained parameters and the frozen ones are."""
+
+  config: dict[str, Any]
+  stage: str
+  step: int
+  trainable: StepReader
+  frozen: tuple[str, ...]
+  base: base_lib.BaseReader | None
 
 
 def _find_run(path: pathlib.Path) -> tuple[pathlib.Path, tuple[str, ...]]:
@@ -167,11 +197,12 @@ def _resolve(path: pathlib.Path) -> tuple[pathlib.Path, dict, str, int]:
     raise ValueError(
       f"{run / stage} holds no checkpoint yet; stages with one: {with_steps}."
     )
+  rundir.check_age(run, config)
   return run, config, stage, int(parts[2]) if len(parts) > 2 else steps[-1]
 
 
 def read_trained(path: str | os.PathLike) -> TrainedModel:
-  """Reads what a stage trained, and finds the base that holds the rest.
+  """Finds what a stage trained, and the base that holds the rest.
 
   `path` as for `read_model`, whose errors it raises.
   """
@@ -180,12 +211,13 @@ def read_trained(path: str | os.PathLike) -> TrainedModel:
   patterns = config["stages"][stage]["trainable"]
   trainable, frozen = state.split(shapes, patterns)
   with StageCheckpoints(run / stage) as checkpoints:
-    params, meta = checkpoints.restore_trainable(step, trainable)
+    meta = checkpoints.read_meta(step)
+  reader = StepReader(run / stage / "checkpoints" / str(step), trainable)
   base = None
   if frozen:
     directory = run / meta["base"]["path"]
     base = base_lib.BaseReader(directory, meta["base"]["sha256"])
-  return TrainedModel(config, stage, step, params, tuple(frozen), base)
+  return TrainedModel(config, stage, step, reader, tuple(frozen), base)
 
 
 def read_model(path: str | os.PathLike) -> ReadModel:
@@ -199,14 +231,15 @@ def read_model(path: str | os.PathLike) -> ReadModel:
     if "config" in reader.about:
       return _read_converted(reader)
   trained = read_trained(path)
-  params = dict(trained.trainable)
+  reader = trained.trainable
+  params = {name: jax.device_put(reader.read(name)) for name in reader.shapes}
   if trained.base is not None:
     shapes = base_lib.base_shapes(trained.config)
     flat = base_lib.read_base(
       trained.base.directory,
       shapes,
       trained.base.about["sha256"],
-      optional=trained.trainable,
+      optional=reader.shapes,
     )
     params |= {name: flat[name] for name in trained.frozen}
   return ReadModel(trained.config, trained.stage, trained.step, params)
@@ -218,6 +251,6 @@ def _read_converted(reader: base_lib.BaseReader) -> ReadModel:
   tokenizer = reader.directory / config["data"]["tokenizer"]
   data = config["data"] | {"tokenizer": str(tokenizer)}
   config = config | {"data": data}
-  shapes = base_lib.base_shapes(config)
+  shapes = state.parameter_shapes(state.model_config(config, "base"))
   flat = base_lib.read_base(reader.directory, shapes, "")
   return ReadModel(config, "base", 0, flat)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mole_jax.data import mixture, pipeline, tokenizer
+from mole_jax.data import images, mixture, pipeline, templates, tokenizer
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
@@ -78,6 +78,7 @@ def make_loader(
     max_images=stage["max_images"],
     system=data["system"],
     use_bos=data["use_bos"],
+    template=templates.read_template(data["template"], text),
   )
   return pipeline.make_loader(
     datasets,
@@ -88,7 +89,7 @@ def make_loader(
     max_length=stage["max_length"],
     max_images=stage["max_images"],
     max_segments=stage["max_segments"],
-    image_size=config["model"]["vision"]["image_size"],
+    preparation=images.preparation_of(config),
     pad_id=text.pad_id,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -110,6 +111,9 @@ class Stage:
     self.mesh = mesh
     self.settings = config["stages"][name]
     self.model_config = state.model_config(config, name)
+    self.model_config.decoder.check_length(
+      self.settings["max_length"], f"config.stages.{name}.max_length"
+    )
     mesh_lib.check_batch_size(self.settings["batch_size"], mesh)
     shapes = state.parameter_shapes(self.model_config)
     trainable, frozen = state.split(shapes, self.settings["trainable"])
@@ -329,11 +333,13 @@ def load_base(
 ) -> state.Flat:
   """Reads a base onto the mesh of a stage, verified by its hash.
 
-  What the stage trains may be absent. Raises ValueError where the base is not
-  that of config.model.
+  What the stage trains may be absent. A converted base may hold adapters, from
+  which training goes on. Raises ValueError where the base is not that of
+  config.model.
   """
-  _check_settings(config["model"], base_lib.BaseReader(directory))
-  shapes = base_lib.base_shapes(config)
+  reader = base_lib.BaseReader(directory)
+  _check_settings(config["model"], reader)
+  shapes = state.parameter_shapes(stage.model_config)
   places = sharding.parameter_shardings(shapes, stage.mesh)
   shapes = {
     name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
@@ -344,25 +350,43 @@ def load_base(
   )
 
 
+# What a user may choose anew for weights that stand: shapes stay the same.
+_FREE_SETTINGS = {
+  "vision": ("feature_layer",),
+  "decoder": (),
+  "lora": ("dropout",),
+  "mole": ("dropout", "top_k", "gate", "dispatch", "block_rows"),
+}
+
+
 def _check_settings(
   model: Mapping[str, Any], reader: base_lib.BaseReader
 ) -> None:
-  """Compares what a converted base says of itself: shapes do not tell all.
-
-  Which layer's features are used is the user's choice.
-  """
-  problems = [
-    f"{section}.{key} is {model[section][key]!r}, the base's {value!r}"
-    for section in ("vision", "decoder")
-    for key, value in reader.about.get("model", {}).get(section, {}).items()
-    if key != "feature_layer" and model[section][key] != value
-  ]
+  """Compares what a converted base says of itself: shapes do not tell all."""
+  about = reader.about.get("model", {})
+  problems = []
+  for section, free in _FREE_SETTINGS.items():
+    if section in ("lora", "mole") and not _has_adapters(about, section):
+      continue
+    if about.get("vision", {}).get("position_grid"):
+      free = (*free, "image_size")  # Its positions are interpolated.
+    problems += [
+      f"{section}.{key} is {model[section][key]!r}, the base's {value!r}"
+      for key, value in about.get(section, {}).items()
+      if key not in free and model[section][key] != value
+    ]
   if problems:
     raise ValueError(
       f"config.model is not that of the base in {reader.directory}:\n  "
       + "\n  ".join(problems)
-      + f"\n--config=configs/mole3.py:{reader.directory} takes it from there."
+      + f"\n--config=configs/mole3.py:{reader.directory} takes it from there "
+      "(configs/lora.py for a base with plain LoRA)."
     )
+
+
+def _has_adapters(model: Mapping[str, Any], section: str) -> bool:
+  key = "rank" if section == "lora" else "num_experts"
+  return section in model and model[section][key] > 0
 
 
 def read_tokenizer(config: Mapping[str, Any]) -> tokenizer.Tokenizer:

@@ -13,6 +13,10 @@ from mole_jax.training import files
 FREE = ("log_every", "checkpoint_every", "max_checkpoints", "num_workers")
 
 
+# Settings of config.data that were added, and what earlier runs did.
+_ADDED = {"template": "vicuna", "image_resample": "bicubic"}
+
+
 class LockedError(RuntimeError):
   """Another process is writing to the run directory."""
 
@@ -88,3 +92,15 @@ def claim(run: pathlib.Path, config: Mapping[str, Any]) -> None:
         "undo these differences (workdir -> now):\n  " + "\n  ".join(lines)
       )
   files.write_json(path, config)
+
+
+def check_age(run: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Raises ValueError for a run whose config lacks settings of today."""
+  missing = {k: v for k, v in _ADDED.items() if k not in config["data"]}
+  if missing:
+    lines = ", ".join(f'"{key}": "{value}"' for key, value in missing.items())
+    raise ValueError(
+      f"{run / 'config.json'} was written by an older version: its section "
+      f"'data' lacks {', '.join(missing)}; that version did the same as "
+      f"{lines}: add this there."
+    )

@@ -5,6 +5,7 @@ from mole_jax.data import records
 from mole_jax.data.conversation import encode_caption, encode_chat
 from mole_jax.data.mixture import Dataset, Source, load_mixture
 from mole_jax.data.schedule import padding_share, plan_rows
+from mole_jax.data.templates import VICUNA, RoleTemplate
 from mole_jax.data.tokenizer import Tokenizer
 
 OPTIONS = {
@@ -16,6 +17,7 @@ OPTIONS = {
   "max_images": 1,
   "system": "",
   "use_bos": True,
+  "template": VICUNA,
 }
 
 
@@ -44,6 +46,21 @@ def test_chat_records_are_encoded_as_conversations(
     assert dataset.lengths[i] == len(ids)
     assert dataset.image_counts[i] == len(row["images"])
     assert dataset.encoded_images(i) == row["images"]
+
+
+def test_chats_are_written_with_the_template(
+  make_dataset, make_records, toy_tokenizer
+):
+  template = RoleTemplate(user="Q: ", assistant=" A:")
+  rows = make_records(3)
+  dataset = make_dataset(rows, template=template)
+  for i, row in enumerate(rows):
+    expected = encode_chat(
+      toy_tokenizer, row["turns"], num_images=len(row["images"]),
+      num_image_tokens=3, max_length=64, system="", template=template,
+    )  # fmt: skip
+    np.testing.assert_array_equal(dataset.tokens(i)[0], expected.input_ids)
+    assert "USER" not in toy_tokenizer.decode(expected.input_ids)
 
 
 def test_plain_records_are_captions_and_others_are_counted(
@@ -138,7 +155,7 @@ def test_the_embedded_set_is_used_whole_and_packs_tightly():
   datasets = load_mixture(
     sources, Tokenizer(), domains=("general", "document", "biomedical"),
     num_image_tokens=36, max_length=256, max_images=1, system="",
-    use_bos=True,
+    use_bos=True, template=VICUNA,
   )  # fmt: skip
   for dataset in datasets:
     assert dataset.accounting()["skipped"] == {}

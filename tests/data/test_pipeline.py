@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from mole_jax.data.images import decode_image
+from mole_jax.data.images import Preparation, decode_image
 from mole_jax.data.mixture import Dataset
 from mole_jax.data.pipeline import make_loader
+from mole_jax.data.templates import VICUNA
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAD = 0
@@ -43,6 +44,7 @@ def make_datasets(toy_tokenizer, make_records):
       "max_images": 1,
       "system": "",
       "use_bos": True,
+      "template": VICUNA,
     }
     others = make_records(30, domain="document")
     return [
@@ -61,7 +63,7 @@ def loader_of(datasets, **kwargs):
     "max_length": ROW_LENGTH,
     "max_images": 3,
     "max_segments": 4,
-    "image_size": 8,
+    "preparation": Preparation(8),
     "pad_id": PAD,
     **kwargs,
   }
@@ -126,7 +128,7 @@ def test_images_stand_in_order_of_appearance(make_datasets):
   for step, batch in enumerate(loader):
     for row in range(4):
       expected = [
-        decode_image(data, 8)
+        decode_image(data, Preparation(8))
         for which, index in loader.plan.row(4 * step + row)
         for data in datasets[which].encoded_images(index)
       ]
@@ -288,9 +290,9 @@ def test_padding_share_is_that_of_the_batches(make_datasets):
 def test_each_image_is_decoded_once(make_datasets, monkeypatch):
   decoded = []
 
-  def counting(data, image_size):
+  def counting(data, preparation):
     decoded.append(data)
-    return decode_image(data, image_size)
+    return decode_image(data, preparation)
 
   monkeypatch.setattr("mole_jax.data.images.decode_image", counting)
   list(loader_of(make_datasets(), num_steps=40, num_threads=0))

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mole_jax.data.images import Preparation
 from mole_jax.inference import answering
 from tests.inference import tiny
 
@@ -12,7 +13,7 @@ def test_every_question_of_a_record_is_asked_by_itself():
     tiny.make_record(0, "general", asked),
     tiny.make_record(1, "general", asked[1:], has_image=False),
   ]
-  questions = answering.read_questions("general", records, 8)
+  questions = answering.read_questions("general", records, Preparation(8))
   rows = [(q.id, q.kind, q.text, q.answer, len(q.pixels)) for q in questions]
   assert rows == [
     ("general-0", "side", "Which side?", "left", 1),

@@ -7,8 +7,10 @@ from PIL import Image
 
 import mole_jax
 from mole_jax.data import tokenizer
+from mole_jax.data.images import Preparation
 from mole_jax.inference import inputs, pretrained
 from mole_jax.models import llava
+from mole_jax.training import state
 from tests.inference import tiny
 
 IMAGE, SIZE = 3, 6  # Image token id; positions of one image.
@@ -149,12 +151,26 @@ def test_a_picture_may_come_in_any_form(model, tmp_path):
   path.write_bytes(tiny.encode(pixels))
   forms = [pixels, Image.fromarray(pixels), path, str(path), path.read_bytes()]
   for form in forms:
-    stacked = inputs.stack([form], 8)
+    stacked = inputs.stack([form], Preparation(8))
     np.testing.assert_array_equal(stacked, pixels[None])
   with pytest.raises(ValueError, match=r"float64\[8, 8, 3\]; wanted uint8"):
-    inputs.stack([pixels / 255], 8)
+    inputs.stack([pixels / 255], Preparation(8))
   with pytest.raises(ValueError, match="is a int; wanted a PIL image"):
-    inputs.stack([3], 8)
+    inputs.stack([3], Preparation(8))
+
+
+def test_pictures_are_prepared_as_the_config_says(model):
+  data = {"image_mean": [0.5, 0.25, 0.75], "image_resample": "bilinear"}
+  config = {**model.config, "data": {**model.config["data"], **data}}
+  flat = state.flatten(model.params)
+  other = pretrained.Model(config, "mole", 6, flat, model.tokenizer)
+  picture = np.resize(tiny.make_pixels(0), (9, 17, 3))
+  expected = inputs.stack([picture], Preparation(8, (127, 63, 191), "bilinear"))
+  std = model.config["data"]["image_std"]
+  pixels = other.pixel_values([picture]) * std + data["image_mean"]
+  np.testing.assert_allclose(255 * pixels, expected, rtol=0, atol=1e-3)
+  prompt = other._prompts("?", picture)[0]
+  np.testing.assert_array_equal(prompt.images, expected)
 
 
 def values(pairs):
@@ -254,11 +270,43 @@ def test_routing_without_a_mixture_is_expert_0(tmp_path):
   assert not routing.chosen.any()
 
 
+TEMPLATE = """\
+{{- bos_token }}
+{%- for m in messages %}{{ m.role }}:{{ m.content }}<unk>{% endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}"""
+
+
+def test_the_tokenizer_s_template_asks_and_its_end_ends(tmp_path, monkeypatch):
+  made = []
+  generator = pretrained.generator_lib.Generator
+  monkeypatch.setattr(
+    pretrained.generator_lib,
+    "Generator",
+    lambda *args, **kwargs: made.append(kwargs) or generator(*args, **kwargs),
+  )
+  tiny.make_model(tmp_path)
+  (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+  model = tiny.make_model(tmp_path, template="tokenizer")
+  assert [kwargs["eos_id"] for kwargs in made] == [2, 0]  # </s>, <unk>.
+  routing = model.routing("What?", tiny.make_pixels(0), answers=["red"])[0]
+  image = "<image>" * SIZE
+  assert "".join(routing.tokens) == (
+    f"<s>user:{image}\nWhat?<unk>assistant:red"
+  )
+  assert model.generate("What?", max_new_tokens=4) == model.generate(
+    "What?", max_new_tokens=4, eos_id=0
+  )
+
+
 class Bytes(tokenizer.Tokenizer):
   """UTF-8 bytes, of which some share a character."""
 
   def __init__(self):
-    self.pad_id, self.bos_id, self.eos_id, self.image_id = range(256, 260)
+    names = ("<pad>", "<s>", "</s>", "<image>")
+    self.special_tokens = {
+      name: tokenizer.SpecialToken(256 + i, False, False)
+      for i, name in enumerate(names)
+    }
 
   def decode(self, ids):
     return bytes(ids).decode("utf-8", errors="replace")

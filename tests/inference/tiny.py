@@ -20,10 +20,11 @@ def make_params(model_config):
   }
 
 
-def make_model(folder, num_experts=3):
+def make_model(folder, num_experts=3, template="vicuna"):
   """Two layers, 16 wide, images of 2 x 2 patches, one id a character."""
   config = small_run.make_config()
   config["model"]["mole"]["num_experts"] = num_experts
+  config["data"]["template"] = template
   params = make_params(state.model_config(config, "mole"))
   text = small_run.make_tokenizer(folder)
   return pretrained.Model(config, "mole", 6, params, text)

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, files, state
+from mole_jax.training import checkpoint, files, rundir, state
 from tests.training import small_run
+
+VISUAL_TOKENS = "visual_(start|end)"
 
 
 def write(folder, name, *, use_visual_tokens=True, **mole):
@@ -22,20 +24,52 @@ def write(folder, name, *, use_visual_tokens=True, **mole):
     stage["trainable"] = [p for p in stage["trainable"] if "visual" not in p]
   small_run.make_tokenizer(folder)
   config["data"]["tokenizer"] = str(folder / "tokenizer.json")
-  files.write_json(folder / "config.json", config)
-  files.write_json(folder / "run.json", {})
+  flat = _draw(config)
+  base = {path: flat[path] for path in base_lib.base_shapes(config)}
+  written = base_lib.write_base(folder / "base", base)
+  _write(folder, config, flat, written._replace(path="base"))
+  return config, flat
+
+
+def write_on(base, folder, *, use_visual_tokens=False, trained=(), **mole):
+  """The same on a converted base, which it refers to.
+
+  Its projector differs, and what the patterns `trained` match.
+  """
+  folder.mkdir()
+  config = rundir.plain(small_run.read_config("mole3", str(base)))
+  model, stage = config["model"], config["stages"]["mole"]
+  model["use_visual_tokens"] = use_visual_tokens
+  model["lora"] = {"rank": 2, "alpha": 3.0, "dropout": 0.0}
+  model["mole"] |= {"rank": 3, "alpha": 4.0, "dropout": 0.0, **mole}
+  stage["trainable"] += trained
+  if use_visual_tokens:
+    stage["trainable"].append(VISUAL_TOKENS)
+  reader = base_lib.BaseReader(base)
+  flat = _draw(config)
+  trainable, _ = state.split(flat, stage["trainable"])
+  for number in range(len(reader.parts())):
+    held = reader.read_part(number)
+    flat |= {path: held[path] for path in held if path not in trainable}
+  _write(folder, config, flat, base_lib.read_reference(base))
+  return config, flat
+
+
+def _draw(config):
+  """Random parameters of a config's model with adapters, by path."""
   shapes = state.parameter_shapes(state.model_config(config, "mole"))
   keys = jax.random.split(jax.random.key(3), len(shapes))
-  flat = {
+  return {
     path: 0.3 * jax.random.normal(key, leaf.shape)
     for key, (path, leaf) in zip(keys, shapes.items(), strict=True)
   }
-  base = {path: flat[path] for path in base_lib.base_shapes(config)}
-  written = base_lib.write_base(folder / "base", base)
-  reference = base_lib.BaseReference("base", written.sha256)
-  trainable, _ = state.split(flat, stage["trainable"])
+
+
+def _write(folder, config, flat, reference):
+  files.write_json(folder / "config.json", config)
+  files.write_json(folder / "run.json", {})
+  trainable, _ = state.split(flat, config["stages"]["mole"]["trainable"])
   with checkpoint.StageCheckpoints(folder / "mole", 1) as checkpoints:
     meta = {"stage": "mole", "base": reference._asdict(), "step": 6}
     train_state = state.TrainState(trainable, {"count": np.zeros(1)})
     checkpoints.save(6, train_state, meta)
-  return config, flat

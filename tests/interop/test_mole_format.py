@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from mole_jax.inference import pretrained
-from mole_jax.interop import formats
+from mole_jax.interop import to_hf
 from mole_jax.models import llava
 from mole_jax.training import files, losses, state
 from tests.interop import random_run
@@ -37,7 +37,7 @@ def case(request, tmp_path_factory):
     "per_layer" if "per layer" in request.param else "pooled"
   )
   files.write_json(folder / "run" / "config.json", config)
-  formats.to_hf(
+  to_hf.convert(
     folder / "run", folder / "hf", format="mole", max_shard_bytes=10**4
   )
   model, info = transformers.AutoModelForImageTextToText.from_pretrained(

@@ -1,13 +1,18 @@
 """Transformers in float32 is the oracle, rung by rung, on random models."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.models.llama import modeling_llama
 
-from mole_jax.interop import formats, hf
-from mole_jax.models import llava, vision
+from mole_jax.interop import from_hf, sources
+from mole_jax.models import attention, llava, vision
 from mole_jax.training import base as base_lib
 from mole_jax.training import losses, state
 from tests.interop import torch_models
@@ -20,9 +25,9 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 def convert(model, folder):
   """A Transformers model -> our configuration and flat parameters."""
   model.save_pretrained(folder / "hf")
-  formats.from_hf(folder / "hf", folder / "base")
+  from_hf.convert(folder / "hf", folder / "base")
   reader = base_lib.BaseReader(folder / "base")
-  config = llava.make_config(hf.full_model_section(reader.about["model"]))
+  config = llava.make_config(sources.full_model_section(reader.about["model"]))
   return config, {
     name: leaf
     for number in range(len(reader.parts()))
@@ -38,23 +43,23 @@ def pair(tmp_path_factory):
 
 
 def make_batch(seed=0):
-  """Rows of two, one and no images; the third is padded on the right."""
+  """Rows with three, one and no images, padded on the right."""
   rng = np.random.default_rng(seed)
   image = [torch_models.IMAGE_TOKEN] * NUM_IMAGE_TOKENS
   text = lambda count: rng.integers(0, 49, count).tolist()
   rows = [
-    text(3) + image + text(2) + image + text(4),
+    text(3) + image + text(2) + image + image + text(4),
     text(2) + image + text(16),
     text(20),
   ]
-  ids = np.zeros((3, 27), np.int32)
-  mask = np.zeros((3, 27), np.int32)
+  ids = np.zeros((3, 36), np.int32)
+  mask = np.zeros((3, 36), np.int32)
   for row, values in enumerate(rows):
     ids[row, : len(values)] = values
     mask[row, : len(values)] = 1
-  pixels = rng.normal(size=(3, 12, 12, 3)).astype(np.float32)
-  slots = np.zeros((3, 2, 12, 12, 3), np.float32)
-  slots[0], slots[1, 0] = pixels[:2], pixels[2]
+  pixels = rng.normal(size=(4, 12, 12, 3)).astype(np.float32)
+  slots = np.zeros((3, 3, 12, 12, 3), np.float32)
+  slots[0], slots[1, 0] = pixels[:3], pixels[3]
   return ids, mask, pixels, slots
 
 
@@ -70,19 +75,152 @@ def assert_close(ours, theirs, rtol):
   assert np.abs(ours - theirs).max() <= rtol * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("feature_layer", [-1, -2, -3, 0, 1, 3])
-def test_every_feature_layer_is_that_of_clip(feature_layer, tmp_path):
-  model = torch_models.make_llava(feature_layer)
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
+def test_patches_are_embedded_as_by_a_convolution(family, tmp_path):
+  model = torch_models.make_llava(family=family)
   config, flat = convert(model, tmp_path)
-  _, _, pixels, _ = make_batch()
+  pixels = make_pixels(config)
+  embeddings = model.model.vision_tower.embeddings
+  convolution = (
+    embeddings.patch_embeddings.projection
+    if family == "dinov2"
+    else embeddings.patch_embedding
+  )
+  with torch.no_grad():
+    theirs = convolution(to_torch(pixels)).flatten(2).transpose(1, 2)
+  ours = vision.patchify(jnp.asarray(pixels), config.vision.patch_size)
+  ours = ours @ flat["vision/patch_embedding/kernel"]
+  if family != "clip":
+    bias = flat["vision/patch_embedding/bias"]
+    ours = ours + jnp.broadcast_to(bias, ours.shape)
+  assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
+def test_every_feature_layer_is_that_of_transformers(family, tmp_path):
+  model = torch_models.make_llava(family=family)
+  config, flat = convert(model, tmp_path)
+  pixels = make_pixels(config)
   with torch.no_grad():
     states = model.model.vision_tower(
       to_torch(pixels), output_hidden_states=True
     ).hidden_states
-  tower = vision.VisionTower(config.vision)
-  params = state.unflatten(flat)["vision"]
-  ours = tower.apply({"params": params}, jnp.asarray(pixels))
-  assert_close(ours, states[feature_layer][:, 1:], 1e-5)
+  params = {"params": state.unflatten(flat)["vision"]}
+  first = int(vision.FAMILIES[family].has_class_token)
+  for layer in (-1, -2, -3, 0, 1, 3):
+    tower = vision.VisionTower(
+      dataclasses.replace(config.vision, feature_layer=layer)
+    )
+    ours = tower.apply(params, jnp.asarray(pixels))
+    assert_close(ours, states[layer][:, first:], 1e-5)
+
+
+@pytest.mark.parametrize("image_size", [12, 24, 32])
+def test_dinov2_sees_other_sizes_than_it_learned_positions_for(
+  image_size, tmp_path
+):
+  model = torch_models.make_llava(family="dinov2")
+  config, flat = convert(model, tmp_path)
+  assert config.vision.position_grid == 5
+  resized = dataclasses.replace(config.vision, image_size=image_size)
+  pixels = np.random.default_rng(3).normal(size=(2, image_size, image_size, 3))
+  pixels = pixels.astype(np.float32)
+  with torch.no_grad():
+    theirs = model.model.vision_tower(
+      to_torch(pixels), output_hidden_states=True
+    ).hidden_states[-2]
+  params = {"params": state.unflatten(flat)["vision"]}
+  tower = vision.VisionTower(resized)
+  assert_close(tower.apply(params, jnp.asarray(pixels)), theirs[:, 1:], 1e-5)
+
+
+def test_positions_are_resized_as_torch_interpolates():
+  grid = np.random.default_rng(4).normal(size=(1, 7, 37, 37)).astype(np.float32)
+  for target in (8, 16, 37, 50):
+    theirs = torch.nn.functional.interpolate(
+      torch.from_numpy(grid),
+      size=(target, target),
+      mode="bicubic",
+      align_corners=False,
+    )
+    ours = vision.resize_positions(
+      jnp.asarray(grid[0].transpose(1, 2, 0).reshape(-1, 7)), 37, target
+    )
+    wanted = theirs[0].permute(1, 2, 0).reshape(-1, 7)
+    # torch computes the weights themselves in float32.
+    assert_close(ours, wanted, 1e-5)
+
+
+def make_pixels(config, count=3):
+  size = config.vision.image_size
+  pixels = np.random.default_rng(0).normal(size=(count, size, size, 3))
+  return pixels.astype(np.float32)
+
+
+def test_rotary_positions_are_those_of_llama():
+  config = transformers.LlamaConfig(**torch_models.TEXT)
+  rng = np.random.default_rng(1)
+  positions = np.array([[0, 1, 2, 700, 4000]])
+  query = rng.normal(size=(1, 5, 4, 6)).astype(np.float32)
+  rotary = modeling_llama.LlamaRotaryEmbedding(config)
+  cos, sin = rotary(torch.from_numpy(query), torch.from_numpy(positions))
+  heads_first = torch.from_numpy(query).transpose(1, 2)
+  theirs, _ = modeling_llama.apply_rotary_pos_emb(
+    heads_first, heads_first, cos, sin
+  )
+  angles = attention.rotary_angles(jnp.asarray(positions), 6, 5000.0)
+  ours = attention.rotate(jnp.asarray(query), *angles)
+  # Angles up to 4000 rad in float32 are 2e-4 apart.
+  assert_close(ours, theirs.transpose(1, 2), 1e-3)
+  assert_close(ours[:, :3], theirs.transpose(1, 2)[:, :3], 1e-5)
+
+
+def test_each_decoder_layer_is_that_of_llama(pair):
+  model, config, flat = pair
+  ids, mask, pixels, slots = make_batch()
+  with torch.no_grad():
+    states = model(
+      input_ids=torch.from_numpy(ids).long(),
+      attention_mask=torch.from_numpy(mask).long(),
+      pixel_values=to_torch(pixels),
+      output_hidden_states=True,
+    ).hidden_states
+  positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+  output = llava.Llava(config).apply(
+    {"params": state.unflatten(flat)},
+    *map(jnp.asarray, (ids, slots, positions, mask)),
+    num_segments=1,
+    keep_inputs=True,
+  )
+  ours = [*output.layer_inputs, output.hidden]
+  assert len(ours) == len(states) == 3
+  is_token = mask.astype(bool)
+  for mine, theirs in zip(ours, states, strict=True):
+    assert_close(np.asarray(mine)[is_token], theirs.numpy()[is_token], 1e-5)
+
+
+def test_bfloat16_errs_no_more_than_torch_s(pair, tmp_path):
+  model, config, flat = pair
+  ids, mask, pixels, slots = make_batch()
+  is_token = mask.astype(bool)
+  with torch.no_grad():
+    exact = torch_logits(model, ids, mask, pixels).numpy()[is_token]
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    theirs = low(
+      input_ids=torch.from_numpy(ids).long(),
+      attention_mask=torch.from_numpy(mask).long(),
+      pixel_values=to_torch(pixels).to(torch.bfloat16),
+    )
+    theirs = theirs.logits.float().numpy()[is_token]
+  ours, _ = run(
+    dataclasses.replace(config, dtype="bfloat16"),
+    {name: leaf.astype(jnp.bfloat16) for name, leaf in flat.items()},
+    ids,
+    mask,
+    slots,
+  )
+  error = lambda logits: np.sqrt(np.square(logits - exact).mean())
+  assert error(np.asarray(ours)[is_token]) <= 1.2 * error(theirs)
 
 
 def run(config, flat, ids, mask, slots):
@@ -116,7 +254,7 @@ def torch_logits(model, ids, mask, pixels):
   ).logits
 
 
-def test_logits_and_loss_with_two_one_and_no_images(pair):
+def test_logits_and_loss_with_three_one_and_no_images(pair):
   model, config, flat = pair
   ids, mask, pixels, slots = make_batch()
   labels = np.where((ids != torch_models.IMAGE_TOKEN) & (mask > 0), ids, -100)
@@ -150,8 +288,8 @@ def test_tied_embeddings_and_left_padding(tmp_path):
   config, flat = convert(model, tmp_path)
   assert "decoder/lm_head" not in flat
   ids, mask, pixels, slots = make_batch()
-  # Row 1 ends where row 0 does; its first tokens become padding.
-  ids[2], mask[2] = np.roll(ids[2], 7), np.roll(mask[2], 7)
+  # The last row ends where the first does; padding stands before it.
+  ids[2], mask[2] = np.roll(ids[2], 16), np.roll(mask[2], 16)
   with torch.no_grad():
     theirs = torch_logits(model, ids, mask, pixels)
   ours, _ = run(config, flat, ids, mask, slots)
@@ -249,10 +387,10 @@ def test_greedy_text_is_that_of_transformers(pair):
     image_std=[1.0 / 255] * 3,
   )
   rng = np.random.default_rng(5)
-  pixels = rng.integers(0, 2, (3, 12, 12, 3)).astype(np.uint8)
+  pixels = rng.integers(0, 2, (4, 12, 12, 3)).astype(np.uint8)
   prompts = [
-    generator.Prompt(ids[0], pixels[:2]),
-    generator.Prompt(ids[1], pixels[2:]),
+    generator.Prompt(ids[0], pixels[:3]),
+    generator.Prompt(ids[1][:27], pixels[3:]),
     generator.Prompt(ids[2][:20], pixels[:0]),
   ]
   answers = made(prompts, max_new_tokens=10, sampling=generate.GREEDY)

@@ -1,7 +1,10 @@
 """Small random models of Transformers, every parameter random."""
 
+import json
 import shutil
 
+import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -27,6 +30,14 @@ TEXT = dict(
   rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
 )
 IMAGE_TOKEN = 49
+DINOV2 = dict(
+  hidden_size=16,
+  mlp_ratio=2,
+  num_hidden_layers=3,
+  num_attention_heads=2,
+  image_size=20,
+  patch_size=4,
+)
 
 
 def randomise(model, seed=0):
@@ -39,17 +50,46 @@ def randomise(model, seed=0):
   return model.eval()
 
 
-def make_llava(feature_layer=-2, **text):
+def tower_config(family):
+  """A small tower of a family."""
+  if family == "dinov2":
+    return transformers.Dinov2Config(**DINOV2)
+  kinds = {
+    "clip": transformers.CLIPVisionConfig,
+    "siglip": transformers.SiglipVisionConfig,
+  }
+  return kinds[family](**VISION)
+
+
+def make_llava(feature_layer=-2, family="clip", **text):
   """A LLaVA of Transformers in float32."""
   config = transformers.LlavaConfig(
-    vision_config=transformers.CLIPVisionConfig(**VISION),
+    vision_config=tower_config(family),
     text_config=transformers.LlamaConfig(**(TEXT | text)),
     image_token_index=IMAGE_TOKEN,
     image_seq_length=9,
     vision_feature_layer=feature_layer,
+    vision_feature_select_strategy="full" if family == "siglip" else "default",
   )
   config._attn_implementation = "eager"
   return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+def write_tokenizer(folder, has_image=True):
+  """A tokenizer.json of 49 characters and, at IMAGE_TOKEN, `<image>`."""
+  characters = [chr(i) for i in range(65, 65 + IMAGE_TOKEN - 4)]
+  vocab = {
+    token: i
+    for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", *characters])
+  }
+  made = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
+  )
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  made.decoder = tokenizers.decoders.Metaspace()
+  images = ["<image>"] if has_image else []
+  made.add_special_tokens(["<unk>", "<s>", "</s>", *images])
+  made.save(str(folder / "tokenizer.json"))
 
 
 def save_for_embedded_data(folder):
@@ -61,4 +101,85 @@ def save_for_embedded_data(folder):
   )
   model = transformers.LlavaForConditionalGeneration(config)
   randomise(model).save_pretrained(folder)
+  copy_embedded_tokenizer(folder)
+
+
+def copy_embedded_tokenizer(folder):
+  """Of a vocabulary of 1,152, with `<image>`."""
   shutil.copyfile(tokenizer.EMBEDDED_TOKENIZER, folder / "tokenizer.json")
+
+
+def make_batch(image_token=3, num_image_tokens=9, seed=0):
+  """A row of text and one with an image, without padding: ids, pixels."""
+  rng = np.random.default_rng(seed)
+  ids = rng.integers(4, 900, (2, num_image_tokens + 7))
+  ids[1, 2 : 2 + num_image_tokens] = image_token
+  side = VISION["image_size"]
+  return ids, rng.normal(size=(1, side, side, 3)).astype(np.float32)
+
+
+def logits_of(model, ids, pixels):
+  """What a model of PyTorch answers to such a batch."""
+  with torch.no_grad():
+    return model(
+      input_ids=torch.from_numpy(ids),
+      pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+    ).logits.numpy()
+
+
+def assert_close(ours, theirs, rtol=1e-4):
+  """Relative to the largest value."""
+  assert ours.shape == theirs.shape
+  assert np.abs(ours - theirs).max() <= rtol * np.abs(theirs).max()
+
+
+CHATML = (
+  "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+  "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_smollm2(folder):
+  """A random decoder with a byte-level tokenizer and a chat template."""
+  specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  made.decoder = tokenizers.decoders.ByteLevel()
+  made.add_special_tokens(specials)
+  config = transformers.LlamaConfig(
+    **(TEXT | {"vocab_size": len(vocab), "tie_word_embeddings": True})
+  )
+  randomise(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
+  made.save(str(folder / "tokenizer.json"))
+  names = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+  }
+  (folder / "tokenizer_config.json").write_text(json.dumps(names))
+  (folder / "chat_template.jinja").write_text(CHATML)
+
+
+def save_dinov2(folder):
+  """A random tower with patches of 14 pixels, as the real one has."""
+  config = transformers.Dinov2Config(
+    **(DINOV2 | {"patch_size": 14, "image_size": 70})
+  )
+  randomise(transformers.Dinov2Model(config)).save_pretrained(folder)
+  (folder / "preprocessor_config.json").write_text(
+    json.dumps(
+      {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 56, "width": 56},
+        "resample": 3,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+      }
+    )
+  )

@@ -105,7 +105,7 @@ def test_decoder_without_adapters_is_llama():
   module, params, x = make(
     lora=decoder.LoraConfig(rank=0), experts=mole.MoleConfig(num_experts=0)
   )
-  hidden, routing, cache = run(module, params, *inputs(x))
+  hidden, routing, cache, _ = run(module, params, *inputs(x))
   assert routing is None and cache is None
   expected = numpy_decoder(params, x, CONFIG)
   np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-5)
@@ -132,7 +132,7 @@ def test_cached_decoding_equals_the_whole_sequence():
     slots = jnp.arange(TOKENS)
     positions = jnp.broadcast_to(jnp.arange(start, end), (2, end - start))
     mask = slots[None, None] <= positions[:, :, None]
-    hidden, _, cache = run(
+    hidden, _, cache, _ = run(
       module,
       params,
       x[:, start:end],
@@ -178,8 +178,8 @@ def test_shared_router_is_one_for_all_layers():
   copy["layers"]["mlp"]["router"] = jax.tree.map(
     lambda v: jnp.stack([v, v]), router
   )
-  found, routing, _ = run(module, params, *inputs(x))
-  expected, expected_routing, _ = run(other, copy, *inputs(x))
+  found, routing, _, _ = run(module, params, *inputs(x))
+  expected, expected_routing, _, _ = run(other, copy, *inputs(x))
   np.testing.assert_array_equal(found, expected)
   np.testing.assert_array_equal(routing.chosen, expected_routing.chosen)
 
@@ -187,7 +187,7 @@ def test_shared_router_is_one_for_all_layers():
 def test_routing_is_stacked_over_layers_and_leaves_padding_out():
   module, params, x = make()
   segment_ids = jnp.asarray([[1] * 4 + [0] * 7, [1] * TOKENS])
-  _, routing, _ = run(module, params, *inputs(x, segment_ids))
+  _, routing, *_ = run(module, params, *inputs(x, segment_ids))
   assert routing.chosen.shape == (2, 2, TOKENS, 1)
   np.testing.assert_allclose(
     routing.sums.load.sum(-1)[..., 0], [[4, 11], [4, 11]]
@@ -206,8 +206,8 @@ def test_tied_head_is_the_embedding():
 def test_dropout_only_acts_in_training():
   lora = dataclasses.replace(LORA, dropout=0.5)
   module, params, x = make(lora=lora)
-  once, _, _ = run(module, params, *inputs(x))
-  plain, _, _ = run(make()[0], params, *inputs(x))
+  once, *_ = run(module, params, *inputs(x))
+  plain, *_ = run(make()[0], params, *inputs(x))
   np.testing.assert_array_equal(once, plain)
   train = lambda seed: run(
     module,

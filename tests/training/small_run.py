@@ -9,7 +9,8 @@ import numpy as np
 import tokenizers
 from PIL import Image
 
-from mole_jax.data import mixture, pipeline
+from mole_jax.data import images, mixture, pipeline
+from mole_jax.data.templates import VICUNA
 from mole_jax.data.tokenizer import Tokenizer
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.training import loop, rundir
@@ -110,6 +111,7 @@ def make_loader(config, stage_name, text):
       max_images=stage["max_images"],
       system="",
       use_bos=True,
+      template=VICUNA,
     )
     for source in sources
   ]
@@ -122,7 +124,7 @@ def make_loader(config, stage_name, text):
     max_length=stage["max_length"],
     max_images=stage["max_images"],
     max_segments=stage["max_segments"],
-    image_size=8,
+    preparation=images.Preparation(8),
     pad_id=text.pad_id,
   )
 

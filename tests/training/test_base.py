@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mole_jax.training import base as base_lib
+from mole_jax.training import files
 
 BASE = {
   "decoder/norm/scale": jnp.arange(4.0),
@@ -94,3 +97,76 @@ def test_what_a_stage_trains_may_be_absent(tmp_path):
     base_lib.read_base(tmp_path, wanted, "")
   read = base_lib.read_base(tmp_path, wanted, "", optional=["visual_start"])
   assert read.keys() == BASE.keys()
+
+
+def test_a_parameter_that_is_larger_than_a_part_spans_several(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(base_lib, "PART_BYTES", 64)
+  rng = np.random.default_rng(0)
+  large = {
+    "before": np.array(3.5, np.float32),
+    "stacked": rng.random((3, 5, 4), np.float32),  # 4 rows of 16 a part.
+    "transposed": rng.random((4, 30), np.float32).T,
+    "wide": rng.random((3, 50), np.float32).astype(ml_dtypes.bfloat16),
+    "after": jnp.arange(20.0),
+  }
+  whole = base_lib.write_base(tmp_path / "one", large)
+  reader = base_lib.BaseReader(tmp_path / "one")
+  assert reader.parameters["stacked"]["rows"] == [4, 4, 4, 3]
+  assert reader.parameters["transposed"]["rows"] == [4] * 7 + [2]
+  assert reader.parameters["wide"]["rows"] == [1, 1, 1]
+  read = base_lib.read_base(tmp_path / "one", shapes_of(large), whole.sha256)
+  for name, array in large.items():
+    assert read[name].dtype == reader.read(name).dtype == array.dtype
+    np.testing.assert_array_equal(read[name], array)
+    np.testing.assert_array_equal(reader.read(name), array)
+  names = [name for part in reader.parts() for name in part]
+  assert names == list(large)
+  # The hash is that of the content, however it is cut.
+  monkeypatch.setattr(base_lib, "PART_BYTES", 10**6)
+  assert base_lib.write_base(tmp_path / "two", large).sha256 == whole.sha256
+  # Rows of another parameter of the same shape are found.
+  params = tmp_path / "one" / "params"
+  first = reader.parameters["stacked"]["part"]
+  swapped = (f"{first:03d}", "swap"), (f"{first + 1:03d}", f"{first:03d}")
+  for source, target in (*swapped, ("swap", f"{first + 1:03d}")):
+    (params / source).rename(params / target)
+  with pytest.raises(ValueError, match="damaged: stacked does not have"):
+    base_lib.read_base(tmp_path / "one", shapes_of(large), "")
+
+
+def test_a_base_of_an_earlier_version_is_read(tmp_path):
+  """Parts held whole parameters of any size, saved as arrays of JAX."""
+  entries = {}
+  with ocp.StandardCheckpointer() as checkpointer:
+    for part, (name, leaf) in enumerate(BASE.items()):
+      path = tmp_path / "params" / f"{part:03d}"
+      checkpointer.save(path, {name.replace("/", "."): leaf})
+      entries[name] = {
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype),
+        "sha256": base_lib.digest(leaf),
+        "part": part,
+      }
+  sha256 = base_lib._digest_of_all(entries)
+  values = {"sha256": sha256, "parameters": entries}
+  files.write_json(tmp_path / base_lib.BASE_FILE, values)
+  read = base_lib.read_base(tmp_path, shapes_of(BASE), sha256)
+  for name, leaf in BASE.items():
+    assert read[name].dtype == leaf.dtype
+    np.testing.assert_array_equal(read[name], leaf)
+
+
+def test_a_base_is_read_onto_a_sharding(tmp_path):
+  reference = base_lib.write_base(tmp_path, BASE)
+  mesh = jax.make_mesh((1,), ("x",))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  wanted = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    for name, leaf in BASE.items()
+  }
+  read = base_lib.read_base(tmp_path, wanted, reference.sha256)
+  for name, leaf in BASE.items():
+    assert read[name].sharding == place
+    np.testing.assert_array_equal(read[name], leaf)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -63,3 +64,21 @@ def test_paths_that_hold_nothing_say_what_there_is(run, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"stage_names": ["base"]}))
   with pytest.raises(ValueError, match="holds no checkpoint yet"):
     checkpoint.read_model(tmp_path)
+
+
+def test_a_step_that_does_not_fit_its_config_lists_every_difference(run):
+  run, _, final = run
+  reader = checkpoint.read_trained(run).trainable
+  for name in reader.shapes:
+    array = reader.read(name)
+    assert type(array) is np.ndarray
+    np.testing.assert_array_equal(array, final[name], err_msg=name)
+  shapes = dict(reader.shapes)
+  kept, lost, *_ = shapes
+  shapes["new"] = shapes.pop(lost)
+  shapes[kept] = jax.ShapeDtypeStruct((7,), np.float32)
+  with pytest.raises(ValueError, match="does not fit the config") as error:
+    checkpoint.StepReader(run / "mole" / "checkpoints" / "3", shapes)
+  assert str(error.value).count("\n") == 3
+  assert f"{kept} is {final[kept].shape}, wanted (7,)" in str(error.value)
+  assert "new is None, wanted" in str(error.value)

@@ -48,3 +48,12 @@ def test_a_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path):
   holder.communicate()
   with rundir.Lock(tmp_path):
     pass
+
+
+def test_a_run_of_an_older_version_says_what_to_add(tmp_path):
+  config = {"data": {"template": "vicuna"}}
+  with pytest.raises(ValueError, match='"image_resample": "bicubic"') as error:
+    rundir.check_age(tmp_path, config)
+  assert str(tmp_path / "config.json") in str(error.value)
+  config["data"]["image_resample"] = "bicubic"
+  rundir.check_age(tmp_path, config)

@@ -19,6 +19,8 @@ class LlavaMoleConfig(LlavaConfig):
   use_visual_tokens: learned vectors before and after an image's patches.
   balance, balance_weight: "pooled" or "per_layer" loss added to the language
     loss when labels are given.
+  base_name: what the base is called, where the folder does not hold it; ""
+    where it does.
   """
 
   model_type = "llava_mole"
@@ -36,3 +38,4 @@ class LlavaMoleConfig(LlavaConfig):
   use_visual_tokens: bool = True
   balance: str = "pooled"
   balance_weight: float = 1e-2
+  base_name: str = ""

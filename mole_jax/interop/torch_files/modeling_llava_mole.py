@@ -3,13 +3,29 @@
 Chen et al. 2024, arXiv 2401.16160. Written beside the weights by mole_jax.
 """
 
+import copy
+import hashlib
+import json
+import pathlib
+
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import cached_file
 
 from .configuration_llava_mole import LlavaMoleConfig
+
+HUB_OPTIONS = (
+  "cache_dir",
+  "force_download",
+  "local_files_only",
+  "revision",
+  "subfolder",
+  "token",
+)
 
 
 class LlavaMoleProjector(LlavaMultiModalProjector):
@@ -107,10 +123,72 @@ class MoleMlp(nn.Module):
     return self.down_proj(functional.silu(gate) * up, weights)
 
 
+def tensor_sha256(tensor: torch.Tensor) -> str:
+  """SHA-256 of a tensor's shape and values, as float32."""
+  array = tensor.detach().float().contiguous().cpu().numpy()
+  sha = hashlib.sha256(f"{list(array.shape)}\n".encode())
+  sha.update(array.tobytes())
+  return sha.hexdigest()
+
+
 class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
   """LLaVA whose decoder carries LoRA and a mixture of LoRA experts."""
 
   config_class = LlavaMoleConfig
+
+  @classmethod
+  def from_pretrained(cls, path, *args, base=None, **kwargs):
+    """Loads a whole model, or adapters onto the `base` they belong to.
+
+    base: the stock LLaVA that adapters without a base were trained on, as
+      Transformers takes it. Raises ValueError where it is missing or another,
+      or the adapters are not complete.
+    """
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    config = kwargs.get("config") or LlavaMoleConfig.from_pretrained(
+      path, **hub
+    )
+    if not config.base_name:
+      if base is not None:
+        raise ValueError(f"{path} holds its base; leave base={base!r} out.")
+      return super().from_pretrained(path, *args, **kwargs)
+    if base is None:
+      raise ValueError(
+        f"{path} holds adapters alone; name the folder of their base "
+        f"({config.base_name}): from_pretrained(..., base=FOLDER)."
+      )
+    hashes, adapters = (
+      pathlib.Path(cached_file(path, name, **hub))
+      for name in ("base_tensors.json", "model.safetensors")
+    )
+    stock = LlavaForConditionalGeneration.from_pretrained(base, dtype="auto")
+    state = stock.state_dict()
+    stored = json.loads(hashes.read_text())["tensors"]
+    different = [
+      name
+      for name, sha256 in stored.items()
+      if name not in state or tensor_sha256(state[name]) != sha256
+    ]
+    if different:
+      raise ValueError(
+        f"{base} is not the base of {path}: {len(different)} of {len(stored)} "
+        f"tensors differ, such as {different[:3]}."
+      )
+    config = copy.deepcopy(config)
+    config.base_name = ""
+    kwargs.pop("config", None)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = super().from_pretrained(
+      None,
+      *args,
+      **{"dtype": stock.dtype} | kwargs,
+      config=config,
+      state_dict=state | load_file(adapters),
+      output_loading_info=True,
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+      raise ValueError(f"{adapters} is not complete, or another's: {info}.")
+    return (model, info) if wants_info else model
 
   def __init__(self, config: LlavaMoleConfig):
     super().__init__(config)
