@@ -22,7 +22,11 @@ from mole_jax.interop import (
   tables,
   vicuna_jinja,
 )
-from mole_jax.interop.tensors import ShardWriter, new_directory
+from mole_jax.interop.tensors import (
+  CheckpointError,
+  ShardWriter,
+  new_directory,
+)
 from mole_jax.models import llava
 from mole_jax.training import base as base_lib
 from mole_jax.training import state
@@ -240,17 +244,21 @@ def _prepare_text(
       "asked before a tokenizer.json stands beside it."
     )
     return _Text(model, "vicuna", VICUNA_SYSTEM, True, tuple(notes))
-  if "image_token_id" not in model:
-    size = model["decoder"]["vocab_size"]
-    image_id = tokenizer.add_image_token(target, target, 0)
-    model["image_token_id"] = image_id
-    if image_id >= size:
-      grown = -(-(image_id + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-      model["decoder"] = model["decoder"] | {"vocab_size": grown}
-      notes.append(
-        f"<image> became token {image_id}; the vocabulary grew from {size:,} "
-        f"to {grown:,}, new rows are the mean of the others."
-      )
+  wanted = model.get("image_token_id", 0)
+  image_id = tokenizer.add_image_token(target, target, wanted)
+  size = model["decoder"]["vocab_size"]
+  if model.setdefault("image_token_id", image_id) != image_id:
+    raise CheckpointError(
+      f"the tokenizer's <image> is {image_id}, but config.json says "
+      f"{wanted}: they do not belong together."
+    )
+  if image_id >= size:
+    grown = -(-(image_id + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    model["decoder"] = model["decoder"] | {"vocab_size": grown}
+    notes.append(
+      f"<image> is token {image_id}; the vocabulary grew from {size:,} to "
+      f"{grown:,}, new rows are the mean of the others."
+    )
   text = tokenizer.Tokenizer(target)
   own = _vicuna_of(out)
   if own is not None:

@@ -1,6 +1,7 @@
 """Every layout in, and what cannot be used refused with a reason."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -354,3 +355,20 @@ def test_a_sentencepiece_model_becomes_the_tokenizer(tmp_path):
   text = tokenizer.Tokenizer(tmp_path / "base" / "tokenizer.json")
   assert text.encode("men walk") == processor.encode("men walk")
   assert text.image_id == processor.vocab_size()
+
+
+def test_a_tokenizer_without_the_model_s_image_token_gets_it(
+  hf_folder, tmp_path
+):
+  folder = tmp_path / "llava"
+  shutil.copytree(hf_folder, folder)
+  torch_models.write_tokenizer(folder, has_image=False)
+  from_hf.convert(folder, tmp_path / "base")
+  text = tokenizer.Tokenizer(tmp_path / "base" / "tokenizer.json")
+  assert text.image_id == torch_models.IMAGE_TOKEN
+  values = json.loads((folder / "config.json").read_text())
+  values["image_token_index"] = 7
+  (folder / "config.json").write_text(json.dumps(values))
+  with pytest.raises(tensors.CheckpointError, match="<image> is 49, but .* 7"):
+    from_hf.convert(folder, tmp_path / "other")
+  assert not list(tmp_path.glob("other*"))
