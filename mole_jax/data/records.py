@@ -1,12 +1,14 @@
-"""Records of the data sets that ship with the package, by index."""
+"""Records by index: of the data sets that ship with the package, and yours."""
 
 import difflib
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 _BUILT = pathlib.Path(__file__).parent / "built"
 _VERSION = "1.0.0"
+_INFO = "dataset_info.json"  # In every folder that TFDS reads.
 # Data set name -> its folder, in the TFDS layout.
 EMBEDDED = {
   f"embedded/{domain}": _BUILT / "embedded" / domain / _VERSION
@@ -76,23 +78,72 @@ class Records(Sequence[Record]):
 
 
 def open_records(name: str, split: str) -> Records:
-  """Opens a split of an embedded data set, e.g. "embedded/general".
+  """Opens a split of an embedded data set or of a built one.
 
-  Raises ValueError for a name or split that does not exist, with the right
-  ones.
+  Args:
+    name: e.g. "embedded/general", or a path, OUT/NAME or OUT/NAME/1.0.0.
+    split: e.g. "train".
+
+  Raises:
+    ValueError: for a name or split that does not exist, with the right ones.
   """
   if name not in EMBEDDED:
-    near = difflib.get_close_matches(name, EMBEDDED, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-      f"no data set {name!r}; wanted one of {sorted(EMBEDDED)}.{hint}"
-    )
+    # "embedded/..." is meant as a name, whatever lies in the current folder.
+    if name.startswith("embedded/") or not _is_path(name):
+      raise ValueError(_unknown(name))
+    return Records(find_built(name), split)
   if not EMBEDDED[name].is_dir():
     raise ValueError(
       f"the embedded data set {name!r} is missing from this installation "
       f"(no {EMBEDDED[name]}); install the package again."
     )
   return Records(EMBEDDED[name], split)
+
+
+def find_built(path: str | pathlib.Path) -> pathlib.Path:
+  """The folder of a finished data set, given it or the one around it.
+
+  Raises ValueError for a folder without one, or with several versions.
+  """
+  path = pathlib.Path(path)
+  if (path / _INFO).is_file():
+    return path
+  found = sorted(info.parent for info in path.glob(f"*/{_INFO}"))
+  if len(found) == 1:
+    return found[0]
+  if found:
+    raise ValueError(
+      f"{path} holds {len(found)} data sets; name one of "
+      f"{[str(folder) for folder in found]}."
+    )
+  if not path.is_dir():
+    raise ValueError(
+      f"there is no folder {str(path)!r} (seen from {pathlib.Path.cwd()}); "
+      "wanted OUT/NAME of what python -m mole_jax.prepare build made, or one "
+      f"of {sorted(EMBEDDED)}."
+    )
+  if path.name.endswith(".partial") or any(path.glob("*.partial")):
+    raise ValueError(
+      f"the data set in {path} is not finished; run the command that builds "
+      "it again, it goes on where it was."
+    )
+  raise ValueError(
+    f"{path} holds no data set (no {_INFO}, no folder of a version with one); "
+    "wanted what python -m mole_jax.prepare build made, OUT/NAME."
+  )
+
+
+def _is_path(name: str) -> bool:
+  return "/" in name or os.sep in name or pathlib.Path(name).is_dir()
+
+
+def _unknown(name: str) -> str:
+  near = difflib.get_close_matches(name, EMBEDDED, n=1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  return (
+    f"no data set {name!r}; wanted one of {sorted(EMBEDDED)}, or the path of "
+    f"one that python -m mole_jax.prepare build made.{hint}"
+  )
 
 
 def _text(value: bytes | str) -> str:

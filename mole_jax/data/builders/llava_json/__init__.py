@@ -1,0 +1,1 @@
+"""LLaVA's JSON and its relatives: read, checked, every record accounted for."""

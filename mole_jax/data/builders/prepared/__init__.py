@@ -1,0 +1,1 @@
+"""A file of conversations and a folder of images -> a TFDS data set."""
