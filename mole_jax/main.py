@@ -22,6 +22,7 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich import table as rich_table
 
+from mole_jax.data import mixture, progress, workers
 from mole_jax.inference import pretrained, scoring
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.reporting import page
@@ -29,16 +30,25 @@ from mole_jax.training import base as base_lib
 from mole_jax.training import (
   checkpoint,
   command_line,
+  feed,
   files,
   loop,
   metrics,
   rundir,
+  tower,
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with :variant.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory to write.")
+
+_ACCEPT_DATA_CHANGE = flags.DEFINE_bool(
+  "accept_data_change",
+  False,
+  "Go on with data, or weights of a mixture, that are not those of the steps "
+  "that stand; data_changes.jsonl in the workdir keeps a record.",
+)
 
 console = rich_console.Console(soft_wrap=True, highlight=False)
 
@@ -70,7 +80,11 @@ def main(argv: Sequence[str]) -> int:
     )
     console.print(f"  {_command(argv)}")
     return 128 + signal.SIGINT
-  except metrics.NonFiniteLossError as error:
+  except (
+    metrics.NonFiniteLossError,
+    mixture.TooManySkipped,
+    workers.WorkerError,
+  ) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
 
@@ -103,10 +117,10 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], pathlib.Path]:
 def _run(config: dict[str, Any], run: pathlib.Path) -> int:
   began = time.perf_counter()
   try:
-    rundir.claim(run, config)
+    rundir.claim(run, config, is_data_change_accepted=_ACCEPT_DATA_CHANGE.value)
     mesh = mesh_lib.make_mesh(config["mesh"])
     stages = [loop.Stage(config, name, mesh) for name in config["stage_names"]]
-    text = loop.read_tokenizer(config)
+    text = feed.read_tokenizer(config)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -139,12 +153,27 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
         path = run / reference.path
         base = loop.load_base(stage, config, path, reference.sha256)
       image_tokens = stage.model_config.num_image_tokens
-      loader = loop.make_loader(config, stage.name, text, image_tokens)
+      with progress.Progress(console) as bar:
+        stores = None
+        if tower.is_cached(config, stage.trainable_shapes):
+          stores = tower.open_stores(config, stage.name, base, bar.run_tower)
+        loader = feed.make_loader(
+          config, stage.name, text, image_tokens, bar.count_tokens, stores
+        )
+      steps = checkpoint.list_steps(run, stage.name)
+      feed.check_unchanged(
+        run / stage.name,
+        feed.describe(config, stage.name, text),
+        steps[-1] if steps else 0,
+        is_change_accepted=_ACCEPT_DATA_CHANGE.value,
+      )
     except ValueError as error:
       print(f"error: {error}", file=sys.stderr)
       return 2
     _print_counts(stage.name, stage.counts)
     _print_data(loader)
+    for store in stores or ():
+      console.print(f"features instead of pixels: {store.folder}")
     start = None if is_base else base
     base = _train(config, stage, loader, run, start, reference)
     if is_base:
@@ -197,14 +226,18 @@ def _print_counts(stage: str, counts: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _print_data(loader: Any) -> None:
-  for name, account in loader.accounting().items():
+  accounts = loader.accounting()
+  for dataset, account in zip(loader.datasets, accounts, strict=True):
     skipped = sum(account["skipped"].values())
     reasons = f" {account['skipped']}" if skipped else ""
     console.print(
-      f"data {name}: read {account['read']:,}, used {account['used']:,}, "
-      f"skipped {skipped:,}{reasons}"
+      f"data {dataset.name}: read {account['read']:,}, used "
+      f"{account['used']:,}, skipped {skipped:,}{reasons}"
     )
-  console.print(f"packed: {loader.padding_share:.1%} of tokens are padding")
+  padding = loader.padding
+  console.print(
+    f"padding: {padding.share:.1%} of tokens in {padding.num_rows:,} rows"
+  )
 
 
 def _train(
@@ -289,6 +322,9 @@ def _write_run(
 
 def _evaluate(config: Mapping[str, Any], run: pathlib.Path) -> None:
   """Evaluates the last stage unless its evaluation stands."""
+  if not config["evaluation"]["datasets"]:
+    console.print("config.evaluation.datasets is empty: nothing to evaluate")
+    return
   path = run / "evaluation" / "metrics.json"
   stage = config["stage_names"][-1]
   done = config["stages"][stage]["num_steps"]

@@ -5,6 +5,7 @@ python -m mole_jax.prepare validate --json train.json --images pictures \
 python -m mole_jax.prepare build --json train.json --images pictures \
   --name mine --out data
 python -m mole_jax.prepare info data/mine
+python -m mole_jax.prepare mixture --config=configs/mole3.py
 
 Exit codes: 0 no problem; 1 problems were found (`build`: it stopped); 2 wrong
 usage.
@@ -19,19 +20,29 @@ from collections.abc import Sequence
 
 import rich.console
 
-from mole_jax.data import templates
+from mole_jax.data import composition, progress, templates, workers
 from mole_jax.data.builders.llava_json import (
   validate,
   validate_page,
   validate_terminal,
 )
-from mole_jax.data.builders.prepared import build, info, terminal, workers
+from mole_jax.data.builders.prepared import (
+  build,
+  info,
+  spool,
+  terminal,
+)
+from mole_jax.data.recipes.table import RECIPES, find_recipe
 from mole_jax.data.tokenizer import Tokenizer, read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
-  args = _parser().parse_args(argv)
+  args, rest = _parser().parse_known_args(argv)
+  if args.command == "mixture":
+    args.config = rest  # As mole_jax.main takes it, --config.seed=1 as well.
+  elif rest:
+    _parser().error(f"unrecognized arguments: {' '.join(rest)}")
   console = rich.console.Console(soft_wrap=True, highlight=False)
   try:
     return args.run(args, console)
@@ -44,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _validate(args: argparse.Namespace, console: rich.console.Console) -> int:
+  layout = find_recipe(args.recipe).layout
   page = args.report and validate_page.Page(args.report)
   measure, how = None, "Lengths are in characters; --tokenizer gives tokens."
   if args.tokenizer:
@@ -60,13 +72,14 @@ def _validate(args: argparse.Namespace, console: rich.console.Console) -> int:
     if page:
       page.add(problem)
 
-  with validate_terminal.progress(args.json, console) as on_bytes:
+  with progress.Progress(console) as bar:
     found = validate.validate(
       args.json,
       args.images,
       measure=measure,
       num_decoded=args.decode,
-      on_bytes=on_bytes,
+      layout=layout,
+      on_bytes=bar.bytes_of(args.json),
       on_problem=on_problem,
     )
   validate_terminal.summary(found, problems.num_hidden, console)
@@ -80,32 +93,27 @@ def _validate(args: argparse.Namespace, console: rich.console.Console) -> int:
 
 
 def _build(args: argparse.Namespace, console: rich.console.Console) -> int:
-  with terminal.Progress(console) as progress:
+  recipe = find_recipe(args.recipe)
+  with progress.Progress(console) as bar:
     try:
       about = build.build(
         args.json,
         args.images,
         name=args.name,
         out=args.out,
-        domain=args.domain,
+        domain=args.domain or recipe.domain,
         num_workers=args.workers or _num_cores(),
         max_image_side=args.max_image_side,
         num_shards=args.shards,
         max_skipped=args.max_skipped,
         seed=args.seed,
-        report=progress.report,
+        layout=recipe.layout,
+        report=bar.report,
       )
-    except (build.TooManySkipped, workers.WorkerError) as error:
+    except (OSError, spool.BadInput, workers.WorkerError) as error:
       print(f"error: {error}", file=sys.stderr)
       return 1
-  console.print(
-    f"read {about['read']:,} = used {about['used']:,} + skipped "
-    f"{sum(about['skipped'].values()):,} {about['skipped'] or ''} + failed "
-    f"{about['failed']:,}; {about['resized_images']:,} of "
-    f"{about['images']:,} images made smaller",
-    markup=False,
-  )
-  console.print(f"Written to {args.out / args.name}", markup=False)
+  terminal.summary(about, args.out / args.name, console)
   return 0
 
 
@@ -119,6 +127,35 @@ def _info(args: argparse.Namespace, console: rich.console.Console) -> int:
     return 1
   how = "hashes" if args.hashes else "sizes and numbers of records"
   console.print(f"All files are whole, by their {how}.")
+  return 0
+
+
+def _mixture(args: argparse.Namespace, console: rich.console.Console) -> int:
+  # They import jax, which the other commands do without.
+  from mole_jax.training import command_line, feed, state
+
+  config = command_line.read_config(["prepare", *args.config])
+  text = feed.read_tokenizer(config)
+  for name in config["stage_names"]:
+    if name == "base" and config["base"]["path"]:
+      continue  # It stands.
+    image_tokens = state.model_config(config, name).num_image_tokens
+    with progress.Progress(console) as bar:
+      loader = feed.make_loader(
+        config, name, text, image_tokens, bar.count_tokens
+      )
+    lines = config["stages"][name]["mixture"]
+    found = composition.compose(
+      loader,
+      {key: line["weight"] for key, line in lines.items()},
+      config["data"]["domains"],
+    )
+    for table in composition.tables(name, found):
+      console.print(table)
+    console.print(composition.summary(found), markup=False)
+    for key, account in feed.accounting(loader, lines).items():
+      if account["skipped"]:
+        console.print(f"{key}: skipped {account['skipped']}", markup=False)
   return 0
 
 
@@ -169,6 +206,16 @@ def _share(text: str) -> float:
   return value
 
 
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "--recipe",
+    metavar="NAME",
+    default="llava",
+    help="published layout of --json (default: llava); one of: "
+    + ", ".join(RECIPES),
+  )
+
+
 def _add_build(commands: argparse._SubParsersAction) -> None:
   make = commands.add_parser(
     "build", help="write a data set; the same command goes on after a kill"
@@ -182,9 +229,11 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     make.add_argument(
       flag, metavar=metavar, type=pathlib.Path, required=is_required, help=help
     )
+  _add_recipe(make)
   make.add_argument("--name", required=True, help="of the data set")
   make.add_argument(
-    "--domain", help="of records that name none (default: --name)"
+    "--domain",
+    help="of records that name none (default: the recipe's, else --name)",
   )
   for flag, default, help in (
     ("--workers", None, "processes (default: one a core)"),
@@ -229,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     type=pathlib.Path,
     help="the folder that image paths are relative to",
   )
+  _add_recipe(check)
   check.add_argument(
     "--tokenizer",
     metavar="DIR",
@@ -262,6 +312,12 @@ def _parser() -> argparse.ArgumentParser:
   show.add_argument(
     "--hashes", action="store_true", help="read every byte of it"
   )
+  mix = commands.add_parser(
+    "mixture",
+    usage="python -m mole_jax.prepare mixture --config=FILE[:variant] [...]",
+    help="what the mixture of a config really is",
+  )
+  mix.set_defaults(run=_mixture)
   return parser
 
 

@@ -1,7 +1,9 @@
 """The command as a user types it."""
 
 import json
+import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
@@ -10,6 +12,10 @@ from PIL import Image
 
 from mole_jax import prepare
 from mole_jax.data.tokenizer import EMBEDDED_TOKENIZER
+
+# ml_collections loads config files in a way that Python 3.12 still has.
+LOAD_MODULE = "ignore:the load_module:DeprecationWarning"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
@@ -135,3 +141,138 @@ def test_it_needs_no_jax(data):
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
   assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_both_commands_skip_the_same_and_name_it(data, capsys, tmp_path):
+  """What one of them lets pass, the other must not stop at."""
+  path, folder, rows = data
+  picture = (folder / "0.jpg").read_bytes()
+  (folder / "cut.jpg").write_bytes(picture[: len(picture) // 2])
+  (folder / "empty.jpg").write_bytes(b"")
+  (folder / "page.jpg").write_text("<html>404 Not Found")
+  (folder / "flipped.jpg").write_bytes(b"\xff\xd7" + picture[2:])
+  (folder / "folder.jpg").mkdir()
+  (folder / "out.jpg").symlink_to("/etc/passwd")
+  (folder / "nowhere.jpg").symlink_to("gone.jpg")
+  names = [path.name for path in sorted(folder.iterdir())][10:]
+  names += ["gone.jpg", "../pictures/0.jpg", "/etc/passwd", "a\0.jpg"]
+  assert len(names) == 11
+  bad = [rows[0] | {"id": name, "image": name} for name in names]
+  turns = rows[0]["conversations"]
+  mute = {"from": "gpt", "value": ""}
+  bad += [
+    rows[0] | {"id": "two", "conversations": [turns[0], *turns]},
+    rows[0] | {"id": "mute", "conversations": [turns[0], mute]},
+    rows[0] | {"id": "role", "conversations": [turns[0] | {"from": "cat"}]},
+    rows[0],
+  ]  # fmt: skip
+  rows = rows + bad
+  path.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
+  assert run(data) == 1
+  told = capsys.readouterr().out.splitlines()
+  told = sorted(line for line in told if line.startswith("train.json line"))
+  assert [
+    int(re.match(r"train.json line (\d+)", line)[1]) for line in told
+  ] == [*range(11, 26)]
+  command = ["build", f"--json={path}", f"--images={folder}", "--name=toy"]
+  command += [f"--out={tmp_path / 'out'}", "--max-skipped=0.6"]
+  assert prepare.main(command) == 0
+  assert "read 25 = used 10 + skipped 15 + failed 0" in capsys.readouterr().out
+  log = tmp_path / "out" / "toy" / "1.0.0" / "skipped.jsonl"
+  logged = [json.loads(line) for line in log.read_text().splitlines()]
+  assert [row["message"] for row in logged] == told
+  assert [row["id"] for row in logged] == [row["id"] for row in bad]
+
+
+def test_a_file_that_cannot_be_read_on_stops_a_build_with_1(data, capsys):
+  path, folder, _ = data
+  path.write_text(path.read_text().replace("]\n  },", "],\n  },", 1))
+  command = ["build", f"--json={path}", f"--images={folder}", "--name=toy"]
+  assert prepare.main([*command, f"--out={path.parent / 'out'}"]) == 1
+  message = capsys.readouterr().err
+  assert "remove the comma before the }" in message
+  assert "Traceback" not in message
+
+
+def test_a_build_that_stops_names_the_first_bad_records(data, capsys):
+  path, folder, _ = data
+  for i in (3, 4, 5, 6):
+    (folder / f"{i}.jpg").unlink()
+  command = ["build", f"--json={path}", f"--images={folder}", "--name=toy"]
+  assert prepare.main([*command, f"--out={path.parent / 'out'}"]) == 1
+  first, *rest = capsys.readouterr().err.splitlines()
+  assert "4 of 10 records are bad (40.00%)" in first
+  assert "image_missing 4" in first
+  assert [line.split(":")[0].split("id ")[1] for line in rest] == [
+    "'p3'",
+    "'p4'",
+    "'p5'",
+  ]
+
+
+@pytest.fixture
+def built(data, tmp_path, monkeypatch):
+  """A data set that is named as the README names it."""
+  monkeypatch.chdir(tmp_path)
+  path, folder, _ = data
+  assert (
+    prepare.main(
+      ["build", f"--json={path}", f"--images={folder}", "--name=mine"]
+      + ["--out=data", "--workers=1"]
+    )
+    == 0
+  )
+  return "data/mine"
+
+
+@pytest.mark.filterwarnings(LOAD_MODULE)
+def test_mixture_shows_a_config_of_your_own(built, capsys):
+  assert prepare.main(["mixture", f"--config={CONFIGS}/own.py:{built}"]) == 0
+  out = capsys.readouterr().out
+  assert "stage base, by data set" in out
+  assert "stage mole, by domain" in out
+  (line,) = [line for line in out.splitlines() if "set0_mine" in line]
+  # Ten records, nine pictures: all that the stage sees.
+  assert line.split()[1:5] == ["100.0%"] * 4
+  assert line.split()[5:7] == ["10", "10"]
+  assert "20 steps" in out and "padding" in out
+
+
+@pytest.mark.filterwarnings(LOAD_MODULE)
+def test_mixture_counts_for_changed_settings(capsys):
+  args = ["mixture", f"--config={CONFIGS}/mole3.py"]
+  change = "--config.stages.mole.mixture.general.weight=2.0"
+  assert prepare.main([*args, change]) == 0
+  general, document = (
+    re.search(rf"stage mole.*? {name} +([\d.]+)%", out, re.DOTALL)[1]
+    for out in [capsys.readouterr().out]
+    for name in ("general", "document")
+  )
+  assert (float(general), float(document)) == (50.0, 25.0)
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    ([], "--config=FILE"),
+    (["--config={configs}/mole3.py", "--config.sed=1"], "no setting 'sed'"),
+    (["--config={configs}/mole3.py", "more"], "unexpected argument 'more'"),
+    (["--config={configs}/own.py"], "which data?"),
+    (["--config={configs}/own.py:nothing"], "'nothing' holds no data set"),
+    (["--config={configs}/nothing.py"], "nothing.py"),
+  ],
+)
+@pytest.mark.filterwarnings(LOAD_MODULE)
+def test_mixture_explains_a_wrong_command(args, message, capsys):
+  args = [arg.format(configs=CONFIGS) for arg in args]
+  assert prepare.main(["mixture", *args]) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_several_sets_mix_as_often_as_they_have_records(built):
+  config = runpy.run_path(str(CONFIGS / "own.py"))["get_config"]
+  lines = config(f"{built},{built}/1.0.0").stages.mole.mixture
+  assert [line.weight for line in lines.values()] == [10, 10]
+  assert config(built).data.domains[0] == "mine"
+  with pytest.raises(ValueError, match="or a directory with a converted base"):
+    config(f"{built}@nothing")

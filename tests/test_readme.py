@@ -1,5 +1,6 @@
 """The README's commands are those that run, and they do."""
 
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import transformers
+from PIL import Image
 
 from tests import test_main
 from tests.interop import torch_models
@@ -48,6 +50,7 @@ def workplace(tmp_path_factory):
   for name in ("configs", "mole_jax"):
     (folder / name).symlink_to(ROOT / name)
   torch_models.save_for_embedded_data(folder / "path" / "to" / "llava")
+  write_own_data(folder / "path" / "to")
   # Small random models in the places of the real ones.
   torch_models.save_smollm2(folder / "path" / "to" / "SmolLM2-135M-Instruct")
   torch_models.save_dinov2(folder / "path" / "to" / "dinov2-small")
@@ -55,6 +58,21 @@ def workplace(tmp_path_factory):
   done = call(folder, args + test_main.SMALL)
   assert done.returncode == 0, done.stdout + done.stderr
   return folder
+
+
+def write_own_data(folder):
+  """Ten pictures, and the README's JSON with eight entries more."""
+  (text,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+  (folder / "pictures").mkdir()
+  names = ["cat", "dog", *(f"animal{i}" for i in range(8))]
+  for index, name in enumerate(names):
+    picture = Image.new("RGB", (80, 60), (25 * index, 0, 0))
+    picture.save(folder / "pictures" / f"{name}.jpg")
+  entries = json.loads(text)
+  for name in names[2:]:
+    entry = json.dumps(entries[0] | {"id": name, "image": f"{name}.jpg"})
+    text = text.rstrip().removesuffix("]").rstrip() + f",\n  {entry}\n]\n"
+  (folder / "train.json").write_text(text)
 
 
 def call(folder, args):
@@ -80,7 +98,12 @@ def test_the_other_commands_work_after_it(workplace):
       args += [a for a in test_main.SMALL if ".base." not in a]
     if "mole_jax.evaluate" in line:
       args += ["--max-questions", "4"]
+    if "configs/own.py" in line and "mole_jax.main" in line:
+      args += ["--config.base.path=runs/mole3/base"]
     done = call(workplace, args)
+    if "prepare validate" in line:
+      check_the_slip(done, workplace / "path" / "to" / "train.json")
+      done = call(workplace, args)
     assert done.returncode == 0, line + done.stdout + done.stderr
   assert (workplace / "runs" / "compare" / "index.html").exists()
   exported = workplace / "exported"
@@ -96,6 +119,14 @@ def test_the_other_commands_work_after_it(workplace):
   )
   assert small.config.num_experts == 3
   assert (exported / "experts" / "expert_2" / "adapter_config.json").exists()
+
+
+def check_the_slip(done, file):
+  """The README shows the message for its mistake; mends it."""
+  assert done.returncode == 1, done.stdout + done.stderr
+  (message,) = re.findall(r"^train.json line .*$", README, re.MULTILINE)
+  assert message in done.stdout.splitlines()
+  file.write_text(file.read_text().replace("dgo.jpg", "dog.jpg"))
 
 
 def test_the_notebook_example_works(workplace):

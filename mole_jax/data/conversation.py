@@ -114,12 +114,13 @@ def encode_chat(
   Args:
     tokenizer: turns pieces of text into ids.
     turns: {"from": "human" or "gpt", "value": str, "kind": str (optional)},
-      alternating, a question first; `<image>` only in questions.
+      alternating, a question first; `<image>` only in questions. A turn from
+      "system" may stand before them.
     num_images: images the record holds, one for each marker.
     num_image_tokens: positions one image takes.
     max_length: tokens kept after each image is expanded. A cut inside an
       image drops that whole image and what follows.
-    system: text before the first turn; may be empty.
+    system: text before the first turn, if no turn brings it; may be empty.
     use_bos: whether the sample starts with the BOS token, if the template
       leaves it open.
     template: what stands around the turns.
@@ -128,6 +129,7 @@ def encode_chat(
     ValueError: where template, system text and tokenizer do not go together.
     SkippedSample: with the reason, for a sample that cannot be used.
   """
+  turns, system = _own_system(turns, system)
   pieces = _chat_pieces(
     tokenizer, turns, num_image_tokens, system, use_bos, template
   )
@@ -156,6 +158,7 @@ def encode_prompt(
 
   Raises ValueError as `encode_chat`, and where the last turn is no question.
   """
+  turns, system = _own_system(turns, system)
   if len(turns) % 2 == 0:
     raise SkippedSample(
       "turn_order", f"{len(turns)} turns; wanted the last one a question."
@@ -202,6 +205,15 @@ def move_markers(value: str) -> str:
     return value
   text = value.replace(IMAGE_MARKER, "").strip()
   return (f"{IMAGE_MARKER}\n" * count + text).strip()
+
+
+def _own_system(
+  turns: Sequence[Mapping[str, str]], system: str
+) -> tuple[Sequence[Mapping[str, str]], str]:
+  """Questions and answers, and the system text that goes before them."""
+  if turns and turns[0]["from"] == "system":
+    return turns[1:], turns[0]["value"]
+  return turns, system
 
 
 def _chat_pieces(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # LLaVA's padding: `background_of` CLIP's mean.
 BACKGROUND = (122, 116, 104)
@@ -133,10 +133,12 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
     raise _TooLarge(f"image refused before decoding: {e}") from e
   except Exception as error:  # Decoders raise a dozen types on bad bytes.
+    cause = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnidentifiedImageError):  # Which names an address.
+      cause = f"it begins with {bytes(data[:16])!r}"
     raise ValueError(
-      f"cannot decode image ({len(data)} bytes): "
-      f"{type(error).__name__}: {error}; wanted a whole file of one of "
-      f"{', '.join(FORMATS)}."
+      f"cannot decode image ({len(data)} bytes): {cause}; wanted a whole file "
+      f"of one of {', '.join(FORMATS)}."
     ) from error
 
 

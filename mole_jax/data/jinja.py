@@ -22,20 +22,27 @@ class Script:
   """A compiled template.
 
   name: the file it stands in, for messages.
+  source: what stands there.
 
   Raises ValueError where it is no Jinja.
   """
 
   name: str
+  source: str
 
   def __init__(self, source: str, name: str):
     self.name = f"the chat template in {name!r}"
+    self.source = source
+    self._file = name
     try:
       self._template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
       raise ValueError(
         f"{self.name} is not Jinja: line {error.lineno}: {error}"
       ) from error
+
+  def __reduce__(self):
+    return Script, (self.source, self._file)  # Compiled code cannot travel.
 
   def render(
     self,

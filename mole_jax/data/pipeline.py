@@ -1,27 +1,36 @@
-"""Encoded data sets to batches: plan the run, then batch = f(step).
+"""Data sets to batches: plan the run, then batch = f(step).
 
 Nothing here keeps a position: the batch of a step depends on the seed and the
 step alone, whatever the number of hosts, workers and threads.
 """
 
 import collections
-import dataclasses
 import functools
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
 
-from mole_jax.data import conversation, images, schedule
+from mole_jax.data import features, images, schedule, workers
+from mole_jax.data.assembly import Assembler, Batch
 from mole_jax.data.mixture import Dataset
 
-_CACHE_BYTES = 256 * 2**20  # Decoded images kept by each process.
+BATCHINGS = ("packed", "modality")
 
-Batch = dict[str, np.ndarray]
+
+class Failure(NamedTuple):
+  """A record that was planned for, but cannot be read.
+
+  `record` is its number in the split.
+  """
+
+  dataset: str
+  record: int
+  message: str
 
 
 class Loader:
@@ -29,36 +38,49 @@ class Loader:
 
   A batch holds NumPy arrays of fixed shape (B rows of this host, T tokens, M
   images, S segments): input_ids, labels, positions, segment_ids int32[B,T];
-  images uint8[B,M,H,W,3]; domains int32[B,S]; num_failed int32[], segments
-  of this batch whose image could not be read. Those carry no label and a
-  black image.
+  images uint8[B,M,H,W,3] (or features[B,M,P,D] in their place); domains
+  int32[B,S]; num_failed int32[], segments of this batch that could not be
+  read. Those carry no label and black images.
+  With `batching="modality"` T and M are as small as the batch allows, out of a
+  few sizes.
   """
 
-  plan: schedule.Plan
   num_steps: int
-  padding_share: float  # Share of the whole plan's tokens, 0 to 1.
+  plan: schedule.Schedule
 
   def __init__(
     self,
     datasets: Sequence[Dataset],
-    plan: schedule.Plan,
-    assembler: "_Assembler",
+    plan: schedule.Schedule,
+    assembler: Assembler,
     *,
-    max_length: int,
     num_steps: int,
     num_workers: int,
     num_threads: int,
   ):
     self.plan = plan
     self.num_steps = num_steps
-    self.padding_share = schedule.padding_share(
-      plan, [dataset.lengths for dataset in datasets], max_length
-    )
-    self._datasets = datasets
+    self.datasets = tuple(datasets)
     self._assembler = assembler
     self._num_workers = num_workers
     self._num_threads = num_threads
-    self._failed: set[tuple[int, int]] = set()
+    self._failed: dict[schedule.Entry, Failure] = {}
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of all hosts in all steps."""
+    return self.num_steps * self._assembler.batch_size
+
+  @functools.cached_property
+  def padding(self) -> schedule.Padding:
+    """How much of this run's rows is padding."""
+    return schedule.measure_padding(
+      self.plan,
+      [dataset.lengths for dataset in self.datasets],
+      self._assembler.row_length,
+      self.num_rows,
+      batch_size=self._assembler.batch_size,
+    )
 
   def batch(self, step: int) -> Batch:
     """The batch of one step, made here and now."""
@@ -90,6 +112,7 @@ class Loader:
       # Batches come through a pipe. In shared memory, grain's default, they
       # would outlive a killed parent, and vanish under whoever took an array
       # without a copy.
+      workers.outlive_kills()
       batches = grain.experimental.WithOptionsIterDataset(
         batches, grain.experimental.DatasetOptions(min_shm_size=2**62)
       ).mp_prefetch(
@@ -108,26 +131,42 @@ class Loader:
   def __iter__(self) -> Iterator[Batch]:
     return self.iterate()
 
-  def accounting(self) -> dict[str, dict[str, object]]:
-    """What became of the records of each data set so far, by its name.
+  def accounting(self) -> list[dict[str, object]]:
+    """What became of the records of each data set so far.
 
     `failed` counts distinct records of this host's batches.
     """
-    result = {}
-    for index, dataset in enumerate(self._datasets):
-      failed = sum(1 for which, _ in self._failed if which == index)
-      result[dataset.name] = dataset.accounting(failed)
-    return result
+    failed = collections.Counter(index for index, _ in self._failed)
+    return [
+      dataset.accounting(failed[index])
+      for index, dataset in enumerate(self.datasets)
+    ]
+
+  def failures(self) -> list[Failure]:
+    """The records of this host's batches that could not be read so far."""
+    return [self._failed[entry] for entry in sorted(self._failed)]
+
+  def check_failures(self, max_skipped: float | int) -> None:
+    """Raises mixture.TooManySkipped for a share of bad records above this."""
+    failed = collections.Counter(index for index, _ in self._failed)
+    for index in failed:
+      self.datasets[index].check_skipped(max_skipped, failed[index])
 
   def _counted(self, step: int, batch: Batch) -> Batch:
     """Moves the failures out of a batch and into the accounting.
 
-    Here, not where images are decoded: that may be another process.
+    Here, not where records are read: that may be another process.
     """
     failed = batch.pop("failed")
     for row, segment in np.argwhere(failed):
-      entries = self.plan.row(self._assembler.first_row(step) + int(row))
-      self._failed.add(entries[segment])
+      first = self._assembler.first_row(step)
+      entry = self.plan.row(first + int(row))[segment]
+      if entry not in self._failed:
+        self._failed[entry] = Failure(
+          self.datasets[entry[0]].name,
+          self.datasets[entry[0]].place(entry[1]),
+          self._assembler.explain(entry),
+        )
     return {**batch, "num_failed": np.array(failed.sum(), np.int32)}
 
 
@@ -143,15 +182,17 @@ def make_loader(
   max_segments: int,
   preparation: images.Preparation,
   pad_id: int,
+  batching: str = "packed",
   process_index: int = 0,
   process_count: int = 1,
+  stores: Sequence[features.Store] | None = None,
   num_workers: int = 0,
   num_threads: int = 2,
 ) -> Loader:
   """Plans a run and makes its batches.
 
   Args:
-    datasets: encoded data sets, in the order of `weights`.
+    datasets: in the order of `weights`.
     weights: share of the drawn records of each.
     seed: of shuffling; with the step it determines a batch.
     num_steps: steps of the run; a longer run begins with the same batches.
@@ -162,6 +203,10 @@ def make_loader(
     max_segments: samples a row holds.
     preparation: size of the images and how they get it.
     pad_id: token id of padding.
+    batching: "packed" (as many samples a row as fit) or "modality" (one a
+      row; batches with images or without, of about equal lengths).
+    stores: features of the images of each data set, for batches of these
+      instead of pixels.
     process_index: this host.
     process_count: hosts.
     num_workers: processes that prepare batches; 0 uses threads only.
@@ -180,116 +225,46 @@ def make_loader(
       f"num_workers={num_workers} needs parsed absl flags: start through "
       "absl.app.run, call flags.FLAGS.mark_as_parsed(), or use num_workers=0."
     )
-  plan = schedule.plan_rows(
-    [dataset.lengths for dataset in datasets],
-    [dataset.image_counts for dataset in datasets],
-    weights,
-    seed=seed,
-    num_rows=num_steps * batch_size,
-    max_length=max_length,
-    max_images=max_images,
-    max_segments=max_segments,
-  )
-  assembler = _Assembler(
+  if batching not in BATCHINGS:
+    raise ValueError(f"batching={batching!r}; wanted one of {list(BATCHINGS)}.")
+  lengths = [dataset.lengths for dataset in datasets]
+  image_counts = [dataset.image_counts for dataset in datasets]
+  limits = {"max_length": max_length, "max_images": max_images}
+  plan: schedule.Schedule
+  if batching == "packed":
+    plan = schedule.Packed(
+      lengths,
+      image_counts,
+      weights,
+      seed=seed,
+      max_segments=max_segments,
+      **limits,
+    )
+  else:
+    plan = schedule.Grouped(
+      lengths, image_counts, weights, seed=seed, batch_size=batch_size, **limits
+    )
+  assembler = Assembler(
     datasets,
     plan,
     batch_size=batch_size,
     num_rows=batch_size // process_count,
     process_index=process_index,
-    max_length=max_length,
-    max_images=max_images,
     max_segments=max_segments,
+    is_cut=batching == "modality",
     preparation=preparation,
     pad_id=pad_id,
+    stores=stores,
+    **limits,
   )
   return Loader(
     datasets,
     plan,
     assembler,
-    max_length=max_length,
     num_steps=num_steps,
     num_workers=num_workers,
     num_threads=num_threads,
   )
-
-
-@dataclasses.dataclass
-class _Assembler:
-  """step -> this host's batch; pickled into each worker."""
-
-  datasets: Sequence[Dataset]
-  plan: schedule.Plan
-  _: dataclasses.KW_ONLY
-  batch_size: int
-  num_rows: int
-  process_index: int
-  max_length: int
-  max_images: int
-  max_segments: int
-  preparation: images.Preparation
-  pad_id: int
-
-  def __post_init__(self):
-    self._cache = _ImageCache(_CACHE_BYTES)
-
-  def first_row(self, step: int) -> int:
-    return step * self.batch_size + self.process_index * self.num_rows
-
-  def __call__(self, step: int) -> Batch:
-    b, t, m = self.num_rows, self.max_length, self.max_images
-    size = self.preparation.image_size
-    batch = {
-      "input_ids": np.full((b, t), self.pad_id, np.int32),
-      "labels": np.full((b, t), conversation.IGNORE_LABEL, np.int32),
-      "positions": np.zeros((b, t), np.int32),
-      "segment_ids": np.zeros((b, t), np.int32),
-      "images": np.zeros((b, m, size, size, 3), np.uint8),
-      "domains": np.full((b, self.max_segments), -1, np.int32),
-      "failed": np.zeros((b, self.max_segments), bool),
-    }
-    first = self.first_row(int(step))
-    for row in range(b):
-      start = slot = 0
-      for segment, entry in enumerate(self.plan.row(first + row)):
-        dataset = self.datasets[entry[0]]
-        ids, labels = dataset.tokens(entry[1])
-        span = slice(start, start + len(ids))
-        batch["input_ids"][row, span] = ids
-        batch["positions"][row, span] = np.arange(len(ids))
-        batch["segment_ids"][row, span] = segment + 1
-        batch["domains"][row, segment] = dataset.domains[entry[1]]
-        pixels = self._pixels(entry)
-        if pixels is None:
-          batch["failed"][row, segment] = True
-        else:
-          batch["labels"][row, span] = labels
-          batch["images"][row, slot : slot + len(pixels)] = pixels
-        start += len(ids)
-        slot += int(dataset.image_counts[entry[1]])
-    return batch
-
-  def _pixels(
-    self, entry: tuple[int, int]
-  ) -> UInt8[np.ndarray, "M H W 3"] | None:
-    """Decoded images of a sample, None if one of them cannot be read."""
-    dataset = self.datasets[entry[0]]
-    count = int(dataset.image_counts[entry[1]])
-    if not count:
-      size = self.preparation.image_size
-      return np.empty((0, size, size, 3), np.uint8)
-    pixels = self._cache.get(entry)
-    if pixels is None:
-      try:
-        pixels = np.stack(
-          [
-            images.decode_image(data, self.preparation)
-            for data in dataset.encoded_images(entry[1])
-          ]
-        )
-      except ValueError:
-        return None
-      self._cache.put(entry, pixels)
-    return pixels
 
 
 def _end_with(parent: int, worker_index: int, worker_count: int):
@@ -302,34 +277,3 @@ def _end_with(parent: int, worker_index: int, worker_count: int):
     os._exit(1)  # Nobody is left who could join this process.
 
   threading.Thread(target=watch, daemon=True).start()
-
-
-class _ImageCache:
-  """Decoded images by record, the longest unused dropped first."""
-
-  def __init__(self, max_bytes: int):
-    self._max_bytes = max_bytes
-    self._num_bytes = 0
-    self._entries: collections.OrderedDict[tuple[int, int], np.ndarray] = (
-      collections.OrderedDict()
-    )
-    self._lock = threading.Lock()
-
-  def __reduce__(self):
-    return _ImageCache, (self._max_bytes,)  # A worker starts with its own.
-
-  def get(self, key: tuple[int, int]) -> np.ndarray | None:
-    with self._lock:
-      if key in self._entries:
-        self._entries.move_to_end(key)
-      return self._entries.get(key)
-
-  def put(self, key: tuple[int, int], value: np.ndarray):
-    with self._lock:
-      if key in self._entries:  # Another thread was faster.
-        return
-      self._entries[key] = value
-      self._num_bytes += value.nbytes
-      while self._num_bytes > self._max_bytes:
-        _, dropped = self._entries.popitem(last=False)
-        self._num_bytes -= dropped.nbytes

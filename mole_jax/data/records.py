@@ -1,6 +1,8 @@
 """Records by index: of the data sets that ship with the package, and yours."""
 
 import difflib
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -9,6 +11,9 @@ from typing import Any, TypedDict
 _BUILT = pathlib.Path(__file__).parent / "built"
 _VERSION = "1.0.0"
 _INFO = "dataset_info.json"  # In every folder that TFDS reads.
+# What python -m mole_jax.prepare build says of a set, and its only split.
+ABOUT, BUILT_SPLIT = "prepared.json", "train"
+COPY_AGAIN = "copy the set again, or remove its folder and build it anew."
 # Data set name -> its folder, in the TFDS layout.
 EMBEDDED = {
   f"embedded/{domain}": _BUILT / "embedded" / domain / _VERSION
@@ -31,6 +36,17 @@ class Record(TypedDict):
   turns: list[Turn]
 
 
+class TextRecord(TypedDict):
+  """A record with the number of its images in place of these."""
+
+  id: str
+  domain: str
+  caption: str
+  source: str
+  num_images: int
+  turns: list[Turn]
+
+
 class Records(Sequence[Record]):
   """Random access to one split of a data set in the TFDS layout.
 
@@ -50,10 +66,7 @@ class Records(Sequence[Record]):
     builder = tfds.builder_from_directory(self._directory)
     splits = sorted(builder.info.splits)
     if self._split not in splits:
-      raise ValueError(
-        f"split={self._split!r} is not in {self._directory!r}; "
-        f"wanted one of {splits}."
-      )
+      raise ValueError(_no_split(self._directory, self._split, splits))
     self._source = builder.as_data_source(self._split)
 
   def __getstate__(self) -> dict[str, str]:
@@ -71,10 +84,146 @@ class Records(Sequence[Record]):
       return [self[i] for i in range(*index.indices(len(self)))]
     if not -len(self) <= index < len(self):
       raise IndexError(f"record {index} of {len(self)}")
-    return _to_record(self._source[int(index) % len(self)])
+    index = int(index) % len(self)
+    try:
+      return _to_record(self._source[index])
+    except RuntimeError as error:  # ArrayRecord's, that its hash is wrong.
+      raise ValueError(
+        f"record {index} in {self._directory} cannot be read: {error}; "
+        f"{COPY_AGAIN}"
+      ) from error
 
   def __iter__(self) -> Iterator[Record]:
     return (self[i] for i in range(len(self)))
+
+
+class Texts:
+  """The records of a split in their order, but for what is in the images.
+
+  Read from what `python -m mole_jax.prepare build` puts beside the shards; of
+  other sets whole records are read. Holds no open file: it may be copied to
+  other processes and used by several threads.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, split: str):
+    directory = pathlib.Path(directory)
+    self._files: list[tuple[str, range]] = []
+    self._records: Records | None = None
+    about = _read_about(directory)
+    texts = about.get("texts") if about else None
+    if texts is None or split != BUILT_SPLIT:
+      self._records = Records(directory, split)
+      return
+    for each in texts:
+      path, first = directory / each["file"], len(self)
+      if not path.is_file() or path.stat().st_size != each["bytes"]:
+        what = "is cut short" if path.is_file() else "is missing"
+        raise ValueError(f"{path} {what}; {COPY_AGAIN}")
+      self._files.append((str(path), range(first, first + each["records"])))
+
+  def __len__(self) -> int:
+    if self._records is not None:
+      return len(self._records)
+    return self._files[-1][1].stop if self._files else 0
+
+  def read(self, start: int, stop: int) -> list[TextRecord]:
+    """Records start to stop; fast for a thousand or more at once.
+
+    Raises:
+      IndexError: for what is not 0 <= start <= stop <= len(self).
+      ValueError: for a damaged file, with its name.
+    """
+    if not 0 <= start <= stop <= len(self):
+      raise IndexError(f"records {start} to {stop} of {len(self)}")
+    if self._records is not None:
+      return [without_images(self._records[i]) for i in range(start, stop)]
+    found: list[TextRecord] = []
+    for path, places in self._files:
+      low, high = max(start, places.start), min(stop, places.stop)
+      if low < high:
+        found += _read_texts(
+          path, low - places.start, high - places.start, len(places)
+        )
+    return found
+
+
+def without_images(record: Record) -> TextRecord:
+  """A record with the number of its images in place of these."""
+  return TextRecord(
+    id=record["id"],
+    domain=record["domain"],
+    caption=record["caption"],
+    source=record["source"],
+    num_images=len(record["images"]),
+    turns=record["turns"],
+  )
+
+
+def _read_texts(
+  path: str, start: int, stop: int, num_records: int
+) -> list[TextRecord]:
+  # Commands without data need not wait for it.
+  from array_record.python import array_record_module
+
+  try:
+    reader = array_record_module.ArrayRecordReader(
+      path, "readahead_buffer_size:0,max_parallelism:0"
+    )
+    try:
+      if (count := reader.num_records()) != num_records:
+        raise ValueError(f"{count} records, wanted {num_records}")
+      return [json.loads(text) for text in reader.read(start, stop)]
+    finally:
+      reader.close()
+  except (RuntimeError, ValueError, IndexError) as error:
+    raise ValueError(f"{path} cannot be read: {error}; {COPY_AGAIN}") from error
+
+
+def open_texts(name: str, split: str) -> Texts:
+  """Opens the texts of a split; arguments and errors as of `open_records`."""
+  return Texts(find(name), split)
+
+
+def identity(name: str, split: str) -> str:
+  """A hash that tells the records of a split from others, wherever they lie.
+
+  Of a set that `python -m mole_jax.prepare build` made, from the hashes that
+  it wrote down; of an embedded one, from the content of its files; of others,
+  from what dataset_info.json says and the files' names and sizes.
+  Arguments and errors as of `open_records`.
+  """
+  folder = find(name)
+  about = _read_about(folder)
+  if about is not None and split == BUILT_SPLIT:
+    known: Any = [[s["sha256"], s["records"]] for s in about["shards"]]
+  else:
+    splits = json.loads((folder / _INFO).read_text())["splits"]
+    said = [each for each in splits if each["name"] == split]
+    if not said:
+      names = sorted(each["name"] for each in splits)
+      raise ValueError(_no_split(folder, split, names))
+    files = sorted(folder.glob(f"*-{split}.*"))
+    known = [said, [_fingerprint(file, name in EMBEDDED) for file in files]]
+  return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(file: pathlib.Path, use_content: bool) -> list[str | int]:
+  if not use_content:
+    return [file.name, file.stat().st_size]
+  with file.open("rb") as content:
+    return [hashlib.file_digest(content, "sha256").hexdigest()]
+
+
+def _read_about(folder: pathlib.Path) -> dict[str, Any] | None:
+  """What prepared.json says; None for a set that was made otherwise."""
+  try:
+    return json.loads((folder / ABOUT).read_text("utf-8"))
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{folder / ABOUT} cannot be read: {error}; {COPY_AGAIN}"
+    ) from error
 
 
 def open_records(name: str, split: str) -> Records:
@@ -87,17 +236,22 @@ def open_records(name: str, split: str) -> Records:
   Raises:
     ValueError: for a name or split that does not exist, with the right ones.
   """
+  return Records(find(name), split)
+
+
+def find(name: str) -> pathlib.Path:
+  """The folder of a data set by its name or path, as of `open_records`."""
   if name not in EMBEDDED:
     # "embedded/..." is meant as a name, whatever lies in the current folder.
     if name.startswith("embedded/") or not _is_path(name):
       raise ValueError(_unknown(name))
-    return Records(find_built(name), split)
+    return find_built(name)
   if not EMBEDDED[name].is_dir():
     raise ValueError(
       f"the embedded data set {name!r} is missing from this installation "
       f"(no {EMBEDDED[name]}); install the package again."
     )
-  return Records(EMBEDDED[name], split)
+  return EMBEDDED[name]
 
 
 def find_built(path: str | pathlib.Path) -> pathlib.Path:
@@ -127,9 +281,11 @@ def find_built(path: str | pathlib.Path) -> pathlib.Path:
       f"the data set in {path} is not finished; run the command that builds "
       "it again, it goes on where it was."
     )
+  inside = sorted({str(info.parents[1]) for info in path.glob(f"*/*/{_INFO}")})
   raise ValueError(
     f"{path} holds no data set (no {_INFO}, no folder of a version with one); "
-    "wanted what python -m mole_jax.prepare build made, OUT/NAME."
+    "wanted what python -m mole_jax.prepare build made, OUT/NAME"
+    + (f", e.g. {inside[0]!r}." if inside else ".")
   )
 
 
@@ -144,6 +300,12 @@ def _unknown(name: str) -> str:
     f"no data set {name!r}; wanted one of {sorted(EMBEDDED)}, or the path of "
     f"one that python -m mole_jax.prepare build made.{hint}"
   )
+
+
+def _no_split(
+  folder: str | pathlib.Path, split: str, splits: Sequence[str]
+) -> str:
+  return f"split={split!r} is not in {str(folder)!r}; wanted one of {splits}."
 
 
 def _text(value: bytes | str) -> str:

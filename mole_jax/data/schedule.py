@@ -1,69 +1,80 @@
-"""Which records stand in which row: the plan of a whole run.
+"""Which records stand in which row, as a function of seed and row alone.
 
-The plan is a pure function of lengths, counts, weights and a seed, so the
-position in the data is the training step itself, for any number of hosts and
-workers. Only raw Philox output and stable sorts are used, whose values NumPy
-keeps from version to version.
+A run is cut into windows of equally many draws and equally many rows, so that
+any row of any window is found without the ones before it. That takes three
+ideas:
+
+1. The draws of a window are shared out exactly (`Shares`).
+2. Each data set is gone through in epochs, shuffled anew, but so that every
+   window gets one record of each quantile of the lengths (`Stream`). Windows
+   then differ little in what they hold, however it is shuffled.
+3. Rows are packed once, for the longest record that a quantile can bring
+   (`Packed`). What a window brings fits, by construction.
+
+Only raw Philox output and stable sorts are used, whose values NumPy keeps from
+version to version.
 """
 
 import bisect
+import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int
 
-WINDOW = 512  # Records drawn, then packed together.
-_SHUFFLE_RECORDS, _SHUFFLE_ROWS = 0, 1  # Keys of the random streams.
+from mole_jax.data import streams
+from mole_jax.data.streams import Shares, Stream
+
+VERSION = 2  # Of what (seed, row) means; a run's data are tied to it.
+WINDOW_ROWS = 256  # About as many rows are planned together.
+_SHUFFLE_ROWS, _SHUFFLE_SLOTS, _SHUFFLE_TIES = 1, 2, 3
+_CACHED_WINDOWS = 4
+
+# (data set, record of it).
+Entry = tuple[int, int]
+Lengths = Sequence[Int[np.ndarray, " _"]]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-  """Ragged rows: row r holds entries offsets[r] to offsets[r + 1].
+class Schedule:
+  """Rows without end, planned by window; the last few windows are kept."""
 
-  Entry i is record `records[i]` of data set `datasets[i]`, in row order.
-  """
+  rows_per_window: int
+  draws_per_window: int
 
-  offsets: Int64[np.ndarray, " rows_plus_1"]
-  datasets: Int32[np.ndarray, " N"]
-  records: Int32[np.ndarray, " N"]
-
-  @property
-  def num_rows(self) -> int:
-    return len(self.offsets) - 1
-
-  def row(self, index: int) -> list[tuple[int, int]]:
-    """(data set, record) of each segment of a row, in order."""
-    if not 0 <= index < self.num_rows:
-      raise IndexError(f"row {index} of a plan of {self.num_rows} rows")
-    span = slice(self.offsets[index], self.offsets[index + 1])
-    return list(
-      zip(
-        self.datasets[span].tolist(), self.records[span].tolist(), strict=True
-      )
+  def __init__(self):
+    self._cache: collections.OrderedDict[int, list[list[Entry]]] = (
+      collections.OrderedDict()
     )
+    self._lock = threading.Lock()
+
+  def __getstate__(self) -> dict[str, object]:
+    return {**self.__dict__, "_cache": collections.OrderedDict(), "_lock": None}
+
+  def __setstate__(self, state: dict[str, object]) -> None:
+    self.__dict__.update(state)
+    self._lock = threading.Lock()
+
+  def row(self, index: int) -> list[Entry]:
+    """The records of a row, in order."""
+    if index < 0:
+      raise IndexError(f"row {index}; rows are counted from 0")
+    number, place = divmod(index, self.rows_per_window)
+    with self._lock:
+      if number not in self._cache:
+        self._cache[number] = self._make(number)
+        if len(self._cache) > _CACHED_WINDOWS:
+          self._cache.popitem(last=False)
+      return self._cache[number][place]
+
+  def _make(self, number: int) -> list[list[Entry]]:
+    raise NotImplementedError
 
 
-def plan_rows(
-  lengths: Sequence[Int[np.ndarray, " _"]],
-  image_counts: Sequence[Int[np.ndarray, " _"]],
-  weights: Sequence[float | int],
-  *,
-  seed: int,
-  num_rows: int,
-  max_length: int,
-  max_images: int,
-  max_segments: int,
-  window: int = WINDOW,
-) -> Plan:
-  """Plans `num_rows` rows of packed records.
-
-  Records are drawn so that the share of each data set keeps to its weight at
-  every point (within one record, not by chance); each data set is shuffled
-  anew each time it has been gone through. `window` drawn records at a time
-  are packed by best-fit decreasing, and the rows of a window are shuffled. A
-  longer plan begins with the shorter one.
+class Packed(Schedule):
+  """Rows that hold as many records as fit.
 
   Args:
     lengths: for each data set, tokens of each record, images expanded.
@@ -71,114 +82,245 @@ def plan_rows(
     weights: share of the drawn records (not tokens) of each data set; any
       positive scale.
     seed: of the shuffles.
-    num_rows: rows to plan.
     max_length: tokens a row holds.
     max_images: images a row holds.
     max_segments: records a row holds.
-    window: records drawn before they are packed; a larger window pads less.
+    window_rows: about how many rows make a window.
 
   Raises:
     ValueError: for an empty data set, a bad weight or limit, or a record that
       fits in no row.
   """
-  shares = _check(
-    lengths, image_counts, weights, max_length, max_images, max_segments
-  )
-  if window < 1 or num_rows < 0:
-    raise ValueError(
-      f"window={window}, num_rows={num_rows}; wanted at least 1 and 0."
+
+  def __init__(
+    self,
+    lengths: Lengths,
+    image_counts: Lengths,
+    weights: Sequence[float | int],
+    *,
+    seed: int,
+    max_length: int,
+    max_images: int,
+    max_segments: int,
+    window_rows: int = WINDOW_ROWS,
+  ):
+    super().__init__()
+    shares = _check(
+      lengths, image_counts, weights, max_length, max_images, max_segments
     )
-  streams = [
-    _Stream(len(length), (seed, _SHUFFLE_RECORDS, index))
-    for index, length in enumerate(lengths)
-  ]
-  rows: list[list[tuple[int, int]]] = []
-  drawn = 0
-  while len(rows) < num_rows:
-    number = drawn // window
-    pool = []
-    for index, share in enumerate(shares):
-      # Rounding the running total, not the window's, keeps the share exact.
-      start = math.floor(drawn * share + 0.5)
-      stop = math.floor((drawn + window) * share + 0.5)
-      picked = streams[index].take(start, stop)
-      pool += zip(
-        lengths[index][picked].tolist(),
-        image_counts[index][picked].tolist(),
-        [index] * len(picked),
-        picked.tolist(),
-        strict=True,
+    if window_rows < 1:
+      raise ValueError(f"window_rows={window_rows}; wanted at least 1.")
+    self._seed = seed
+    self._lengths, self._image_counts = lengths, image_counts
+    self._max_length, self._max_images = max_length, max_images
+    mean = lambda values: sum(
+      share * float(np.mean(each))
+      for share, each in zip(shares, values, strict=True)
+    )
+    records_per_row = min(
+      max_length / mean(lengths),
+      max_images / mean(image_counts) if mean(image_counts) else math.inf,
+      max_segments,
+    )
+    self.draws_per_window = max(1, int(window_rows * records_per_row))
+    self._shares = Shares(shares, self.draws_per_window)
+    self._streams = [
+      Stream(length, images, self._shares, index, seed)
+      for index, (length, images) in enumerate(
+        zip(lengths, image_counts, strict=True)
       )
-    packed = _pack(pool, max_length, max_images, max_segments)
-    order = _permutation(len(packed), (seed, _SHUFFLE_ROWS, number))
-    rows += [packed[i] for i in order]
-    drawn += window
-  del rows[num_rows:]
-  counts = np.array([len(row) for row in rows], np.int64)
-  entries = [entry for row in rows for entry in row]
-  flat = np.array(entries, np.int32).reshape(-1, 2)
-  return Plan(
-    offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-    datasets=np.ascontiguousarray(flat[:, 0]),
-    records=np.ascontiguousarray(flat[:, 1]),
-  )
+    ]
+    self._pattern(max_segments)
+
+  def _pattern(self, max_segments: int) -> None:
+    """Packs what a window can bring at most; rows stay so for the run.
+
+    Of the shortest quantiles of a data set not every window brings one, but
+    every window brings equally many of these in all: they share slots.
+    """
+    slots: list[tuple[int, int, int]] = []  # (length, images, its number).
+    self._first_slot: list[int] = []
+    num_shared = self.draws_per_window
+    shared = (1, 0)
+    for stream in self._streams:
+      lengths, images = stream.largest()
+      fixed = slice(min(streams.NUM_OPTIONAL, stream.num_quantiles), None)
+      self._first_slot.append(len(slots))
+      slots += [
+        (length, count, len(slots) + i)
+        for i, (length, count) in enumerate(
+          zip(lengths[fixed].tolist(), images[fixed].tolist(), strict=True)
+        )
+      ]
+      num_shared -= len(lengths[fixed])
+      low = slice(0, fixed.start)
+      shared = (
+        max(shared[0], int(lengths[low].max())),
+        max(shared[1], int(images[low].max())),
+      )
+    self._first_shared = len(slots)
+    slots += [(*shared, self._first_shared + i) for i in range(num_shared)]
+    # Else records of one length would keep to those of their own data set.
+    order = streams.permutation(len(slots), (self._seed, _SHUFFLE_SLOTS))
+    rows = _pack(
+      [slots[i] for i in order],
+      self._max_length,
+      self._max_images,
+      max_segments,
+    )
+    self.rows_per_window = len(rows)
+    self._row_of_slot = np.empty(len(slots), np.int64)
+    for number, row in enumerate(rows):
+      self._row_of_slot[row] = number
+
+  def _make(self, number: int) -> list[list[Entry]]:
+    order = streams.permutation(
+      self.rows_per_window, (self._seed, _SHUFFLE_ROWS, number)
+    )
+    rows: list[list[Entry]] = [[] for _ in order]
+    tokens, images = np.zeros((2, len(order)), np.int64)
+    next_shared = self._first_shared
+    for index, stream in enumerate(self._streams):
+      records, quantiles = stream.window(number)
+      slots = quantiles - streams.NUM_OPTIONAL + self._first_slot[index]
+      optional = np.flatnonzero(quantiles < streams.NUM_OPTIONAL)
+      slots[optional] = next_shared + np.arange(len(optional))
+      next_shared += len(optional)
+      places = order[self._row_of_slot[slots]]
+      np.add.at(tokens, places, self._lengths[index][records])
+      np.add.at(images, places, self._image_counts[index][records])
+      for row, record in zip(places.tolist(), records.tolist(), strict=True):
+        rows[row].append((index, record))
+    if tokens.max() > self._max_length or images.max() > self._max_images:
+      raise AssertionError(
+        f"window {number} of seed {self._seed}: {tokens.max()} tokens or "
+        f"{images.max()} images in a row; the bounds of quantiles are wrong."
+      )
+    return rows
 
 
-def padding_share(
-  plan: Plan, lengths: Sequence[Int[np.ndarray, " _"]], max_length: int
-) -> float:
-  """Share of the plan's tokens that are padding, 0 to 1."""
-  if plan.num_rows == 0:
-    return 0.0
-  used = sum(
-    int(length[plan.records[plan.datasets == index]].sum())
-    for index, length in enumerate(lengths)
-  )
-  return 1 - used / (plan.num_rows * max_length)
+class Grouped(Schedule):
+  """Rows of one record; a batch has rows of about equal length.
+
+  A batch is with images throughout or without, but for at most one in a
+  window. haotian-liu/LLaVA's group_by_modality_length, as a function of the
+  row. Arguments as for `Packed`; `batch_size` rows make a batch.
+  """
+
+  def __init__(
+    self,
+    lengths: Lengths,
+    image_counts: Lengths,
+    weights: Sequence[float | int],
+    *,
+    seed: int,
+    batch_size: int,
+    max_length: int,
+    max_images: int,
+    window_rows: int = WINDOW_ROWS,
+  ):
+    super().__init__()
+    shares = _check(lengths, image_counts, weights, max_length, max_images, 1)
+    if batch_size < 1 or window_rows < 1:
+      raise ValueError(
+        f"batch_size={batch_size}, window_rows={window_rows}; wanted at least "
+        "1 of each."
+      )
+    self._seed = seed
+    self._batch_size = batch_size
+    # The draws of a window fill batches, and enough of them to choose from.
+    num_batches = max(16, -(-window_rows // batch_size))
+    self.draws_per_window = self.rows_per_window = num_batches * batch_size
+    self._lengths, self._image_counts = lengths, image_counts
+    split = Shares(shares, self.draws_per_window)
+    self._streams = [
+      Stream(length, images, split, index, seed)
+      for index, (length, images) in enumerate(
+        zip(lengths, image_counts, strict=True)
+      )
+    ]
+
+  def _make(self, number: int) -> list[list[Entry]]:
+    drawn: list[tuple[int, int, int]] = []  # (length, data set, record).
+    with_images: list[bool] = []
+    for index, stream in enumerate(self._streams):
+      records, _ = stream.window(number)
+      lengths = self._lengths[index][records].tolist()
+      drawn += zip(
+        lengths, [index] * len(records), records.tolist(), strict=True
+      )
+      with_images += (self._image_counts[index][records] > 0).tolist()
+    order = streams.permutation(
+      len(drawn), (self._seed, _SHUFFLE_TIES, number)
+    ).tolist()
+    size = self._batch_size
+    batches, rest = [], []
+    for wanted in (True, False):
+      group = sorted(
+        (drawn[i] for i in order if with_images[i] is wanted),
+        key=lambda entry: entry[0],
+        reverse=True,
+      )
+      whole = len(group) - len(group) % size
+      # The shortest ones are left over, so a mixed batch is a short one.
+      batches += [group[i : i + size] for i in range(0, whole, size)]
+      rest += group[whole:]
+    batches += [rest[i : i + size] for i in range(0, len(rest), size)]
+    shuffled = streams.permutation(
+      len(batches), (self._seed, _SHUFFLE_ROWS, number)
+    )
+    return [
+      [(dataset, record)] for i in shuffled for _, dataset, record in batches[i]
+    ]
 
 
-class _Stream:
-  """A data set's records without end: shuffled, then shuffled anew."""
+@dataclasses.dataclass(frozen=True)
+class Padding:
+  """Share of tokens that are padding, 0 to 1, over the first `num_rows`."""
 
-  def __init__(self, size: int, key: tuple[int, ...]):
-    self._size = size
-    self._key = key
-    self._epoch = -1
-    self._order = np.empty(0, np.int64)
-
-  def take(self, start: int, stop: int) -> Int64[np.ndarray, " _"]:
-    """Records of draws start to stop."""
-    parts = [np.empty(0, np.int64)]
-    while start < stop:
-      epoch, first = divmod(start, self._size)
-      if epoch != self._epoch:
-        self._order = _permutation(self._size, (*self._key, epoch))
-        self._epoch = epoch
-      parts.append(self._order[first : first + stop - start])
-      start += len(parts[-1])
-    return np.concatenate(parts)
+  share: float
+  num_rows: int
 
 
-def _permutation(size: int, key: tuple[int, ...]) -> Int64[np.ndarray, " _"]:
-  bits = np.random.Philox(np.random.SeedSequence(key))
-  return np.argsort(bits.random_raw(size), kind="stable")
+def measure_padding(
+  schedule: Schedule,
+  lengths: Lengths,
+  row_length: Callable[[Sequence[Sequence[Entry]]], int],
+  num_rows: int,
+  *,
+  batch_size: int = 1,
+  max_windows: int = 8,
+) -> Padding:
+  """Counts the padding of a run's rows, or of its first windows.
+
+  One window is much like another. `row_length` tells how many tokens each row
+  of a batch gets.
+  """
+  num_rows = min(num_rows, max_windows * schedule.rows_per_window)
+  num_rows -= num_rows % batch_size
+  used = total = 0
+  for first in range(0, num_rows, batch_size):
+    rows = [schedule.row(first + i) for i in range(batch_size)]
+    total += batch_size * row_length(rows)
+    used += sum(int(lengths[d][record]) for row in rows for d, record in row)
+  return Padding(1 - used / total if total else 0.0, num_rows)
 
 
 def _pack(
-  pool: Sequence[tuple[int, int, int, int]],
+  slots: Sequence[tuple[int, int, int]],
   max_length: int,
   max_images: int,
   max_segments: int,
-) -> list[list[tuple[int, int]]]:
-  """Best-fit decreasing over (length, images, data set, record).
+) -> list[list[int]]:
+  """Best-fit decreasing over (length, images, number); numbers by row.
 
-  Each record, longest first, goes to the fullest row that still takes it.
+  Each slot, longest first, goes to the fullest row that still takes it.
   """
-  rows: list[list[tuple[int, int]]] = []
+  rows: list[list[int]] = []
   images_left: list[int] = []
   free: list[tuple[int, int]] = []  # (tokens left, row), sorted; open rows.
-  for length, images, dataset, record in sorted(
-    pool, key=lambda entry: entry[0], reverse=True
+  for length, images, number in sorted(
+    slots, key=lambda slot: slot[0], reverse=True
   ):
     place = bisect.bisect_left(free, (length, -1))
     while place < len(free) and images_left[free[place][1]] < images:
@@ -189,7 +331,7 @@ def _pack(
       left, row = max_length, len(rows)
       rows.append([])
       images_left.append(max_images)
-    rows[row].append((dataset, record))
+    rows[row].append(number)
     images_left[row] -= images
     if left > length and len(rows[row]) < max_segments:
       bisect.insort(free, (left - length, row))
@@ -197,8 +339,8 @@ def _pack(
 
 
 def _check(
-  lengths: Sequence[Int[np.ndarray, " _"]],
-  image_counts: Sequence[Int[np.ndarray, " _"]],
+  lengths: Lengths,
+  image_counts: Lengths,
   weights: Sequence[float | int],
   max_length: int,
   max_images: int,

@@ -48,7 +48,10 @@ class Piece(NamedTuple):
 
 @runtime_checkable
 class Template(Protocol):
-  """A way to write a chat down."""
+  """A way to write a chat down; `identity` tells it from others."""
+
+  @property
+  def identity(self) -> str: ...
 
   def pieces(
     self,
@@ -88,6 +91,10 @@ class RoleTemplate:
 
   user: str
   assistant: str
+
+  @property
+  def identity(self) -> str:
+    return repr((self.user, self.assistant))
 
   def pieces(
     self,
@@ -204,6 +211,10 @@ class JinjaTemplate:
   """
 
   script: jinja.Script
+
+  @property
+  def identity(self) -> str:
+    return self.script.source
 
   def pieces(
     self,

@@ -1,6 +1,7 @@
 """Text to token ids and back, over one `tokenizers` JSON file."""
 
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,16 @@ class Tokenizer:
     # byte-level ones do not: ask the file rather than its name.
     is_prefixed = self.encode("a a") == self.encode("a") * 2
     self._continuation = "" if is_prefixed else " "
+
+  def __reduce__(self):
+    # Pickles of the library forget how special tokens are read.
+    return Tokenizer, (self.path,)
+
+  @functools.cached_property
+  def identity(self) -> str:
+    """A hash of all that decides which ids a text becomes."""
+    known = [self._tokenizer.to_str(), self.names]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
   def _special_tokens(self) -> dict[str, SpecialToken]:
     return {

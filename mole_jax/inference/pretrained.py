@@ -19,7 +19,7 @@ from mole_jax.inference import generate as generate_lib
 from mole_jax.inference import generator as generator_lib
 from mole_jax.inference import inputs
 from mole_jax.models import llava
-from mole_jax.training import checkpoint, loop, state, step
+from mole_jax.training import checkpoint, feed, state, step
 
 Turns = Sequence[Mapping[str, str]]
 Picture = Image.Image | str | os.PathLike | bytes | np.ndarray
@@ -36,7 +36,7 @@ def load(path: str | os.PathLike) -> "Model":
   Raises ValueError where there is no model, or its base has changed since.
   """
   read = checkpoint.read_model(path)
-  text = loop.read_tokenizer(read.config)
+  text = feed.read_tokenizer(read.config)
   return Model(read.config, read.stage, read.step, read.params, text)
 
 

@@ -39,6 +39,11 @@ def evaluate_run(
   settings = config["evaluation"]
   # In the order of data.domains; JSON and ConfigDict sort their keys.
   names = settings["datasets"]
+  if not names:
+    raise ValueError(
+      "config.evaluation.datasets of the run is empty: it was trained without "
+      "a data set to be evaluated on."
+    )
   order = [d for d in config["data"]["domains"] if d in names]
   order += [d for d in names if d not in order]
   datasets = {

@@ -147,12 +147,17 @@ class Llava(nn.Module):
       self.visual_end = self.param("visual_end", normal, (width,))
 
   def encode_images(
-    self, pixel_values: Float[Array, "B M Y X 3"]
+    self, pictures: Float[Array, "B M Y X 3"] | Float[Array, "B M P W"]
   ) -> Float[Array, "B F D"]:
-    """Features for every position that the images of a row take."""
-    batch, images = pixel_values.shape[:2]
-    flat = pixel_values.reshape(-1, *pixel_values.shape[2:])
-    x = self.projector(self.vision(flat.astype(self.config.dtype)))
+    """Features for every position that the images of a row take.
+
+    `pictures` are pixels, or what the tower makes of them.
+    """
+    batch, images = pictures.shape[:2]
+    x = pictures.reshape(-1, *pictures.shape[2:]).astype(self.config.dtype)
+    if pictures.ndim == 5:
+      x = self.vision(x)
+    x = self.projector(x)
     if self.config.use_visual_tokens:
       shape = (x.shape[0], 1, x.shape[2])
       start, end = (
@@ -165,20 +170,20 @@ class Llava(nn.Module):
   def embed(
     self,
     input_ids: Int[Array, "B T"],
-    pixel_values: Float[Array, "B M Y X 3"] | None,
+    pictures: Float[Array, "B M Y X 3"] | Float[Array, "B M P W"] | None,
   ) -> Float[Array, "B T D"]:
     """Embeds tokens, image features in the places of image tokens."""
     x = self.decoder.embed(input_ids).astype(self.config.dtype)
-    if pixel_values is None:
+    if pictures is None:
       return x
-    features = self.encode_images(pixel_values)
+    features = self.encode_images(pictures)
     is_image = input_ids == self.config.image_token_id
     return place_image_features(x, features, is_image)
 
   def __call__(
     self,
     input_ids: Int[Array, "B T"],
-    pixel_values: Float[Array, "B M Y X 3"] | None,
+    pictures: Float[Array, "B M Y X 3"] | Float[Array, "B M P W"] | None,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     num_segments: int,
@@ -187,12 +192,13 @@ class Llava(nn.Module):
   ) -> Output:
     """Runs packed rows; segment 0 is padding, which is never counted.
 
-    Images are normalised floats, in order of appearance in their row.
+    Pictures are normalised pixels, or the tower's features of them, in order
+    of appearance in their row.
     `keep_inputs` is for comparisons: see `Decoder`.
     """
     mask = attention.causal_segment_mask(segment_ids)
     segments = segment_members(segment_ids, num_segments)
-    x = self.embed(input_ids, pixel_values)
+    x = self.embed(input_ids, pictures)
     output = self.decoder(
       x,
       positions,

@@ -4,8 +4,13 @@ import itertools
 import re
 import runpy
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections as mlc
+from absl import flags
+from ml_collections import config_flags
+
+from mole_jax.training import rundir
 
 # What a wrong path, key, value, variant or syntax raises in a config file,
 # which is code, or in ml_collections. Other errors of the file keep their
@@ -22,6 +27,37 @@ ERRORS = (
 
 class UsageError(ValueError):
   """What the user typed cannot be run; the message says why."""
+
+
+def read_config(argv: Sequence[str]) -> dict[str, Any]:
+  """The config of --config=FILE[:variant] and overrides, as JSON holds it.
+
+  Raises UsageError for what cannot be read, and for any other argument.
+  """
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "",
+    flag_values=values,
+    lock_config=True,
+    sys_argv=list(argv),
+  )
+  try:
+    rest = values(list(argv))
+    # A file that cannot be read fails only here.
+    found = None if config.value is None else rundir.plain(config.value)
+  except (flags.Error, *ERRORS) as error:
+    raise UsageError(explain(error, argv)) from None
+  if len(rest) > 1:
+    raise UsageError(
+      f"unexpected argument {rest[1]!r}; settings look like --config.seed=1"
+    )
+  if found is None:
+    raise UsageError(
+      "--config=FILE[:variant] is needed, for example --config=configs/mole3.py"
+    )
+  return found
 
 
 def explain(error: Exception, argv: Sequence[str]) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from mole_jax.data import images, mixture, pipeline, templates, tokenizer
+from mole_jax.data import pipeline
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, metrics, optim, state, step
+from mole_jax.training import checkpoint, feed, metrics, optim, state, step
 
 # Positions whose logits exist at one time, in each row of a batch.
 CHUNK_TOKENS = 512
@@ -58,43 +58,6 @@ class StopRequest:
     if self.signal_number is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.signal_number = number
-
-
-def make_loader(
-  config: Mapping[str, Any],
-  stage_name: str,
-  text: tokenizer.Tokenizer,
-  num_image_tokens: int,
-) -> pipeline.Loader:
-  """The batches of a stage, for this process."""
-  data, stage = config["data"], config["stages"][stage_name]
-  sources = [mixture.Source(**source) for source in stage["mixture"].values()]
-  datasets = mixture.load_mixture(
-    sources,
-    text,
-    domains=data["domains"],
-    num_image_tokens=num_image_tokens,
-    max_length=stage["max_length"],
-    max_images=stage["max_images"],
-    system=data["system"],
-    use_bos=data["use_bos"],
-    template=templates.read_template(data["template"], text),
-  )
-  return pipeline.make_loader(
-    datasets,
-    [source.weight for source in sources],
-    seed=config["seed"],
-    num_steps=stage["num_steps"],
-    batch_size=stage["batch_size"],
-    max_length=stage["max_length"],
-    max_images=stage["max_images"],
-    max_segments=stage["max_segments"],
-    preparation=images.preparation_of(config),
-    pad_id=text.pad_id,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    num_workers=data["num_workers"],
-  )
 
 
 class Stage:
@@ -247,6 +210,7 @@ def run_stage(
     NonFiniteLossError: with the step; parameters before it are not saved
       over the last checkpoint.
     StoppedError: after SIGINT or SIGTERM, when the state is saved.
+    mixture.TooManySkipped: above config.data.max_skipped, when it is saved.
   """
   settings, directory = stage.settings, run / stage.name
   num_steps = settings["num_steps"]
@@ -263,6 +227,7 @@ def run_stage(
       train_state, _ = checkpoints.restore(start, stage.state_shapes())
     trainable, opt_state = train_state
     batches = loader.iterate(start)
+    failures = feed.FailureLog(directory)
     window = metrics.Window(config["data"]["domains"])
     pending = None
     began = time.perf_counter()
@@ -283,7 +248,11 @@ def run_stage(
 
     with metrics.Writer(directory, start) as writer:
       for number in range(start + 1, end + 1):
+        # The step before this one is still at work: what it takes to get a
+        # batch and to send it costs time only where it takes longer.
+        asked = time.perf_counter()
         host_batch = next(batches)
+        window.add_wait(time.perf_counter() - asked)
         batch = _to_devices(host_batch, stage.shardings["batch"])
         trainable, opt_state, values = stage.train_step(
           trainable, frozen, opt_state, batch, np.int32(number - 1)
@@ -303,6 +272,8 @@ def run_stage(
         if is_logged:
           now = time.perf_counter()
           row = window.summary(now - began)
+          row["records"] = feed.accounting(loader, settings["mixture"])
+          failures.write(loader)
           writer.write(number, row)
           on_log(number, row)
           window = metrics.Window(config["data"]["domains"])
@@ -313,6 +284,8 @@ def run_stage(
         if signal_number is not None and number < num_steps:
           batches.close()
           raise StoppedError(stage.name, number, signal_number)
+        if is_saved:
+          loader.check_failures(config["data"]["max_skipped"])
       batches.close()
   return {**frozen, **trainable}
 
@@ -387,29 +360,3 @@ def _check_settings(
 def _has_adapters(model: Mapping[str, Any], section: str) -> bool:
   key = "rank" if section == "lora" else "num_experts"
   return section in model and model[section][key] > 0
-
-
-def read_tokenizer(config: Mapping[str, Any]) -> tokenizer.Tokenizer:
-  """The run's tokenizer; its size must fit the model."""
-  name = config["data"]["tokenizer"]
-  path = tokenizer.EMBEDDED_TOKENIZER if name == "embedded" else name
-  text = tokenizer.Tokenizer(path)
-  check_tokenizer(text, config["model"])
-  return text
-
-
-def check_tokenizer(
-  text: tokenizer.Tokenizer, model: Mapping[str, Any]
-) -> None:
-  """Raises ValueError where ids of the tokenizer do not fit the model."""
-  size = model["decoder"]["vocab_size"]
-  if text.vocab_size > size:
-    raise ValueError(
-      f"config.model.decoder.vocab_size={size} is less than the tokenizer's "
-      f"{text.vocab_size} entries; set it to {text.vocab_size} or more."
-    )
-  if text.image_id != model["image_token_id"]:
-    raise ValueError(
-      f"config.model.image_token_id={model['image_token_id']}, but the "
-      f"tokenizer's <image> is {text.image_id}; set it to that."
-    )

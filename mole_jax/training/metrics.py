@@ -54,6 +54,11 @@ class Window:
     self._num_tokens = 0
     self._num_positions = 0
     self._num_failed = 0
+    self._waited = 0.0
+
+  def add_wait(self, seconds: float) -> None:
+    """Adds time in which nothing was done but to wait for a batch."""
+    self._waited += seconds
 
   def add(
     self,
@@ -100,7 +105,8 @@ class Window:
       "step_seconds": seconds / len(self._steps),
       "tokens_per_second": self._num_tokens / seconds,
       "padding_share": 1 - self._num_tokens / self._num_positions,
-      "num_failed_images": self._num_failed,
+      "num_failed": self._num_failed,
+      "stall_share": self._waited / seconds,
     }
     if "balance_loss" in self._steps[0]:
       row["balance_loss"] = float(mean("balance_loss"))

@@ -1,19 +1,32 @@
 """The run directory: one config, one writer, the newest state."""
 
+import datetime
 import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mole_jax.training import files
+from mole_jax.training import checkpoint, files
 
 # Settings that change nothing about the result: free to differ on a rerun.
-FREE = ("log_every", "checkpoint_every", "max_checkpoints", "num_workers")
+FREE = (
+  "log_every",
+  "checkpoint_every",
+  "max_checkpoints",
+  "max_skipped",
+  "num_workers",
+)
+# What is read, and how it is drawn: may be changed where that is asked for.
+_DATA = re.compile(
+  r"stages\.(?P<stage>[^.]+)\.mixture\.|data\.(batching|domains|features)"
+)
+CHANGES_FILE = "data_changes.jsonl"
 
-
-# Settings of config.data that were added, and what earlier runs did.
+# Settings of config.data that loading reads and that were added, with what
+# earlier runs did.
 _ADDED = {"template": "vicuna", "image_resample": "bicubic"}
 
 
@@ -77,21 +90,59 @@ def differences(
   return lines
 
 
-def claim(run: pathlib.Path, config: Mapping[str, Any]) -> None:
+def claim(
+  run: pathlib.Path,
+  config: Mapping[str, Any],
+  *,
+  is_data_change_accepted: bool = False,
+) -> None:
   """Writes the config of a new run, or checks that of an old one.
 
   Raises ValueError that lists the differences where the run directory belongs
-  to another configuration.
+  to another configuration. Those of the data may be accepted: they are
+  written down, with the steps that each stage has behind it.
   """
   path = run / "config.json"
   if path.exists():
     lines = differences(files.read_json(path), config)
-    if lines:
+    of_data = [line for line in lines if _DATA.match(line)]
+    if len(of_data) < len(lines) or (lines and not is_data_change_accepted):
+      way_out = ""
+      if len(of_data) == len(lines):
+        way_out = (
+          "\nThey are all of the data: --accept_data_change goes on with the "
+          "new ones from the step that stands."
+        )
       raise ValueError(
         f"{run} holds a run of another config; choose another --workdir, or "
-        "undo these differences (workdir -> now):\n  " + "\n  ".join(lines)
+        "undo these differences (workdir -> now):\n  "
+        + "\n  ".join(lines)
+        + way_out
       )
+    concerned: dict[str, list[str]] = {}
+    for line in of_data:
+      stage = re.match(_DATA, line)["stage"]
+      for name in [stage] if stage else config["stages"]:
+        concerned.setdefault(name, []).append(line)
+    for stage, changes in concerned.items():
+      steps = checkpoint.list_steps(run, stage)
+      if steps:
+        write_change(run, stage, steps[-1], changes)
   files.write_json(path, config)
+
+
+def write_change(
+  run: pathlib.Path, stage: str, step: int, lines: Sequence[str]
+) -> None:
+  """Writes down that a stage reads other data from a step on."""
+  change = {
+    "stage": stage,
+    "after_step": step,
+    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "changes": list(lines),
+  }
+  with (run / CHANGES_FILE).open("a", encoding="utf-8") as file:
+    file.write(json.dumps(change) + "\n")
 
 
 def check_age(run: pathlib.Path, config: Mapping[str, Any]) -> None:

@@ -53,11 +53,15 @@ def make_train_step(
 
   def loss_fn(trainable, frozen, batch, step):
     params = {"params": state.unflatten({**frozen, **trainable})}
-    pixels = normalise(batch["images"], image_mean, image_std, config.dtype)
+    # Features of a frozen tower may come in place of pixels.
+    if "features" in batch:
+      pictures = batch["features"]
+    else:
+      pictures = normalise(batch["images"], image_mean, image_std, config.dtype)
     output = model.apply(
       params,
       batch["input_ids"],
-      pixels,
+      pictures,
       batch["positions"],
       batch["segment_ids"],
       num_segments,

@@ -8,7 +8,10 @@ import pytest
 import tokenizers
 from PIL import Image
 
+from mole_jax.data.encoding import Encoder
+from mole_jax.data.templates import VICUNA
 from mole_jax.data.tokenizer import Tokenizer
+from tests.data import in_memory
 
 # Busy machines miss deadlines; the same examples each time.
 hypothesis.settings.register_profile(
@@ -86,5 +89,35 @@ def make_records(encode_png):
         }
       )
     return records
+
+  return make
+
+
+@pytest.fixture
+def make_datasets(toy_tokenizer, make_records):
+  """Two data sets of 40 and 30 records; `bad` ones of the first are broken."""
+
+  def make(bad=()):
+    rows = make_records(40)
+    for i in bad:
+      rows[i]["images"] = [rows[i]["images"][0][:40]]
+    options = {
+      "num_image_tokens": 4,
+      "max_length": 48,
+      "max_images": 1,
+      "system": "",
+      "use_bos": True,
+      "template": VICUNA,
+    }
+    others = make_records(30, domain="document")
+    return [
+      in_memory.make_dataset(
+        each,
+        Encoder(toy_tokenizer, format, **options),
+        name=name,
+        domains=("document", "general"),
+      )
+      for name, each, format in [("a", rows, "chat"), ("b", others, "plain")]
+    ]
 
   return make

@@ -14,7 +14,7 @@ from mole_jax import convert
 from mole_jax.inference import pretrained
 from mole_jax.interop import from_hf, tensors, to_hf
 from mole_jax.training import base as base_lib
-from mole_jax.training import loop
+from mole_jax.training import feed
 from tests.interop import in_process, random_run, torch_models
 
 # Of PEFT 0.21 under Transformers 5.24.
@@ -90,7 +90,7 @@ def assert_is_run(base, config, flat):
 
 def test_each_expert_in_peft_is_the_mixture_with_that_expert_alone(case, base):
   config, flat, folder = case
-  text = loop.read_tokenizer(config)
+  text = feed.read_tokenizer(config)
   alone = config | {
     "model": config["model"]
     | {

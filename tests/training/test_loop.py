@@ -11,7 +11,7 @@ import pytest
 
 from mole_jax.data import images, templates
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, loop, metrics, state
+from mole_jax.training import checkpoint, feed, loop, metrics, state
 from tests.training import small_run
 
 
@@ -40,28 +40,30 @@ def test_pictures_are_prepared_as_the_config_says(text, monkeypatch):
   config = small_run.make_config()
   changes = {"image_mean": (0.5, 0.25, 0.75), "image_resample": "bilinear"}
   config["data"] |= changes
-  datasets = small_run.make_loader(config, "mole", text)._datasets
+  datasets = small_run.make_loader(config, "mole", text).datasets
   monkeypatch.setattr(
-    loop.mixture, "load_mixture", lambda *args, **kwargs: datasets
+    feed.mixture, "load_mixture", lambda *args, **kwargs: datasets
   )
-  found = loop.make_loader(config, "mole", text, 6)._assembler.preparation
+  found = feed.make_loader(config, "mole", text, 6)._assembler.preparation
   assert found == images.Preparation(8, (127, 63, 191), "bilinear")
 
 
 def test_chats_are_written_as_the_config_says(text, monkeypatch):
   config = small_run.make_config()
-  datasets = small_run.make_loader(config, "mole", text)._datasets
+  datasets = small_run.make_loader(config, "mole", text).datasets
   given = []
   monkeypatch.setattr(
-    loop.mixture,
+    feed.mixture,
     "load_mixture",
-    lambda *args, **kwargs: given.append(kwargs["template"]) or datasets,
+    lambda sources, make_encoder, **kwargs: (
+      given.append(make_encoder("chat").template) or datasets
+    ),
   )
-  loop.make_loader(config, "mole", text, 6)
+  feed.make_loader(config, "mole", text, 6)
   config["data"]["template"] = "tokenizer"
   path = text.path.with_name("chat_template.jinja")
   path.write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
-  loop.make_loader(config, "mole", text, 6)
+  feed.make_loader(config, "mole", text, 6)
   path.unlink()
   assert given[0] is templates.VICUNA
   assert templates.answer_ids(given[1], text, "a") == [*text.encode("a"), 2]

@@ -229,6 +229,37 @@ def test_broken_grammar_in_an_array_ends_it_at_the_line(tmp_path, name):
   assert len(problem.message) < 400 and problem.message.isprintable()
 
 
+@pytest.mark.parametrize(
+  "name", [name for name, (_, reason) in REST.items() if reason == "bad_json"]
+)
+@pytest.mark.parametrize("end", [b"]", b"\n]\n"])
+def test_a_mistake_in_the_last_entry_is_not_taken_for_a_cut_file(
+  tmp_path, name, end
+):
+  path = tmp_path / "file"
+  path.write_bytes(b"[" + REST[name][0] + end)
+  _, (problem,) = split(read(path))
+  assert problem.is_fatal
+  assert problem.reason == "bad_json"
+
+
+@pytest.mark.parametrize(
+  ("text", "way_out"),
+  [
+    ('{"id": "a",}', "remove the comma before the }"),
+    ('{"id": ["a", ]}', "remove the comma before the ]"),
+    ("{'id': 1}", "write \" for each '"),
+    ('{"id": 1 "image": 2}', "put the comma or the closing bracket"),
+  ],
+)
+def test_what_people_mistype_is_named_with_the_way_out(tmp_path, text, way_out):
+  path = tmp_path / "file"
+  for content in (text + "\n", f"[{text}]"):
+    path.write_text(content)
+    _, (problem,) = split(read(path))
+    assert way_out in problem.message
+
+
 WHOLE = {
   "empty": (b"", "empty"),
   "blank": (b" \n\n", "empty"),

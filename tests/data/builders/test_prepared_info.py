@@ -8,7 +8,7 @@ import pytest
 import rich.console
 
 from mole_jax import prepare
-from mole_jax.data import mixture, records, templates
+from mole_jax.data import encoding, mixture, records, templates
 from mole_jax.data.builders.prepared import info
 from mole_jax.data.builders.prepared.build import build
 from tests.data.builders.prepared_input import (
@@ -150,14 +150,18 @@ def test_a_mixture_takes_a_path_beside_an_embedded_name(built, toy_tokenizer):
       mixture.Source(str(built.parent), "train", "chat", 1.0),
       mixture.Source("embedded/document", "test", "chat", 1.0),
     ],
-    toy_tokenizer,
+    lambda format: encoding.Encoder(
+      toy_tokenizer,
+      format,
+      num_image_tokens=3,
+      max_length=64,
+      max_images=1,
+      system="",
+      use_bos=True,
+      template=templates.VICUNA,
+    ),
     domains=("document", "general"),
-    num_image_tokens=3,
-    max_length=64,
-    max_images=1,
-    system="",
-    use_bos=True,
-    template=templates.VICUNA,
+    max_skipped=1.0,
   )
   assert len(own) == 11
   assert set(own.domains) == {1}
@@ -213,7 +217,8 @@ def test_the_command_says_what_stopped_it(tmp_path, capsys):
   assert "1 of 2 records are bad" in capsys.readouterr().err
   assert prepare.main([*command, "--max-skipped", "0.55"]) == 0
   text = capsys.readouterr().out
-  assert "read 2 = used 1 + skipped 1 {'no_turns': 1}" in text
+  assert "read 2 = used 1 + skipped 1 + failed 0" in text
+  assert "skipped: no_turns 1; " in text
   assert prepare.main([*command, "--domain", "x"]) == 2
   assert "domain: 'toy' -> 'x'" in capsys.readouterr().err
   with pytest.raises(SystemExit):

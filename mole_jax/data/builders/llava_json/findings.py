@@ -135,7 +135,7 @@ class Findings:
       facts.append(
         (
           "images decoded",
-          f"{self.num_decoded:,} files, {self.num_image_bytes / 1e6:,.1f} MB "
+          f"{self.num_decoded:,} files, {size_text(self.num_image_bytes)} "
           f"({kinds}); longer side: median {middle:,}, at most {longest:,} "
           f"pixels; largest {self.largest[0]:,} x {self.largest[1]:,}",
         )
@@ -149,6 +149,13 @@ class Findings:
         )
       )
     return facts
+
+
+def size_text(num_bytes: int) -> str:
+  """A number of bytes for people."""
+  if num_bytes < 10**5:
+    return f"{num_bytes:,} bytes"
+  return f"{num_bytes / 10**6:,.1f} MB"
 
 
 def _area(size: tuple[int, int]) -> int:

@@ -27,6 +27,7 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 # A literal, a number or an escape that the buffer's end cuts is found wrong
 # where it begins: at most "\ud83d\ude0" or "-Infinit" before the end.
 _LOOKAHEAD = 16
+_LITERALS = ("true", "false", "null", "NaN", "-Infinity", "Infinity")
 
 
 class _Text:
@@ -162,9 +163,9 @@ def _parse_growing(
       is_cut = error.msg.startswith("Unterminated string") or (
         error.pos > len(text.text) - _LOOKAHEAD
       )
-      if is_cut and is_end:
+      if is_end and _ends_inside(error):
         raise _cut_short(error, text) from error
-      if not is_cut:
+      if is_end or not is_cut:
         text.move(error.pos)
         raise EntryError("bad_json", explain(error)) from error
     except RecursionError as error:
@@ -179,6 +180,17 @@ def _parse_growing(
         'it lacks its closing ". Shorten it, or close it.',
       )
     is_end = not text.grow()
+
+
+def _ends_inside(error: json.JSONDecodeError) -> bool:
+  """Whether what is wrong at the end of the file is only that it ends."""
+  rest = error.doc[error.pos :].strip()
+  return (
+    rest in ("", ",")
+    or error.msg.startswith("Unterminated string")
+    or (error.msg.startswith("Invalid \\") and '"' not in rest)
+    or any(word.startswith(rest) for word in _LITERALS)
+  )
 
 
 def _cut_short(error: json.JSONDecodeError, text: _Text) -> EntryError:

@@ -63,5 +63,15 @@ class Parser:
 
 
 def explain(error: json.JSONDecodeError) -> str:
-  near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-  return f"the entry is no JSON: {error.msg}, near {shown(near)}; mend it."
+  """What is wrong, with the text around it."""
+  before = error.doc[max(0, error.pos - 20) : error.pos]
+  behind = error.doc[error.pos : error.pos + 20]
+  message = f"the entry is no JSON: {error.msg}, near {shown(before + behind)}"
+  # What people write by hand most often, and json's words do not say.
+  if before.rstrip().endswith(",") and behind.lstrip()[:1] in ("}", "]"):
+    return f"{message}; remove the comma before the {behind.lstrip()[0]}."
+  if "'" in behind[:1]:
+    return f"{message}; write \" for each '."
+  if "',' delimiter" in error.msg:
+    return f"{message}; put the comma or the closing bracket that lacks there."
+  return f"{message}; mend it."

@@ -45,9 +45,11 @@ class ImageFolder:
       if is_link:
         state = os.stat(path)
     except FileNotFoundError as error:
+      is_link = os.path.islink(path)
+      what = "is a link to no file, in" if is_link else "is not in"
       raise EntryError(
         "image_missing",
-        f"image {shown(name)} is not in {str(self._folder)!r}; {_hint(name)}.",
+        f"image {shown(name)} {what} {str(self._folder)!r}; {_hint(name)}.",
       ) from error
     except OSError as error:
       raise _unreadable(name, error) from error

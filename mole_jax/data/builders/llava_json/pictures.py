@@ -72,6 +72,9 @@ def check_image(
   except (PillowImage.DecompressionBombError, Warning) as error:
     raise EntryError("image_too_large", f"{error}; store it smaller.") from None
   except Exception as error:  # Decoders raise a dozen types on bad bytes.
+    if isinstance(error, PillowImage.UnidentifiedImageError):
+      # Often the page of an error, saved under the image's name.
+      raise _broken(f"it begins with {shown(data[:24])}") from error
     raise _broken(f"{type(error).__name__}: {error}") from error
   # As images.open_image has it: the decoder of WebP takes twice the memory.
   limit = max_pixels // 2 if name == "WEBP" else max_pixels

@@ -1,5 +1,6 @@
 """What is wrong with an entry of a file, and where."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 _MAX_SHOWN = 60  # Characters of somebody's text in a message.
@@ -54,6 +55,12 @@ class EntryError(ValueError):
   def __init__(self, reason: str, message: str):
     super().__init__(message)
     self.reason = reason
+
+
+def by_reason(counts: Mapping[str, int]) -> str:
+  """Numbers by reason in words, the largest first."""
+  rows = sorted(counts.items(), key=lambda row: (-row[1], row[0]))
+  return ", ".join(f"{reason} {count:,}" for reason, count in rows) or "none"
 
 
 def shown(value: object) -> str:

@@ -27,9 +27,11 @@ background:var(--card)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .8rem;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--line)}
-tr:last-child>*{border-bottom:0}
-th{font-weight:600;white-space:nowrap}
-td{overflow-wrap:anywhere}
+tbody tr:last-child>*{border-bottom:0}
+th{font-weight:600}
+th,td{white-space:nowrap}
+td:last-child{white-space:normal;overflow-wrap:anywhere}
+.short{max-width:32rem}
 .n{text-align:right;white-space:nowrap;width:1%}
 .bar{width:60%}
 .bar i{display:block;height:.9rem;margin-top:.3rem;background:var(--bar);
@@ -61,8 +63,7 @@ class Page:
 
   def add(self, problem: Problem) -> None:
     """Adds a row."""
-    kind = "failed" if problem.is_fatal else "skipped"
-    cells = (problem.reason, kind, problem.id or "", problem.message)
+    cells = (problem.reason, problem.message)  # Its id stands in there.
     row = f'<tr><td class="n">{problem.line}</td>' + "".join(
       f"<td>{html.escape(cell)}</td>" for cell in cells
     )
@@ -95,7 +96,7 @@ def _head(title: str, found: Findings, how: str) -> str:
     f"<h1>{html.escape(title)}</h1><p>{html.escape(how)}</p>",
     _table([], found.facts()),
     "<h2>Problems by reason</h2>",
-    _table(("reason", "entries are", "number"), reasons)
+    _table(("reason", "entries are", "number"), reasons, "short")
     if reasons
     else "<p>None: every entry can be used.</p>",
     f"<h2>Length of an entry in {html.escape(found.length_unit)}</h2>",
@@ -105,22 +106,23 @@ def _head(title: str, found: Findings, how: str) -> str:
     parts += ["<h2>Longer side of an image, pixels</h2>", _bars(found.sides)]
   if found.same_ids:
     parts += [
-      "<h2>Ids used again</h2><p>By another entry; kept. The first of "
+      "<h2>Ids used again</h2><p>By an entry that says something else: kept, "
+      f"its number behind the id. {len(found.same_ids)} of "
       f"{found.num_same_ids:,}:</p>",
       _table([], [(note,) for note in found.same_ids]),
     ]
   parts.append(
     f'<h2>All {count:,} problems</h2><div class="scroll"><table><thead><tr>'
-    '<th class="n">line</th><th>reason</th><th>entry is</th><th>id</th>'
+    '<th class="n">line</th><th>reason</th>'
     "<th>what, and the way out</th></tr></thead><tbody>\n"
   )
   return "".join(parts)
 
 
-def _table(names: Any, rows: Any) -> str:
+def _table(names: Any, rows: Any, kind: str = "") -> str:
   head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
   return (
-    '<div class="scroll"><table>'
+    f'<div class="scroll {kind}"><table>'
     + (f"<thead><tr>{head}</tr></thead>" if head else "")
     + "<tbody>"
     + "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)

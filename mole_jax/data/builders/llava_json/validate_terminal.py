@@ -1,12 +1,9 @@
-"""What `validate` finds, on a terminal: progress, problems, a summary."""
+"""What `validate` finds, on a terminal: problems, then a summary."""
 
-import contextlib
-import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import rich.console
 import rich.markup
-import rich.progress
 import rich.table
 
 from mole_jax.data.builders.llava_json.findings import Findings, histogram
@@ -34,30 +31,6 @@ class Problems:
   def num_hidden(self) -> int:
     """How many were not printed."""
     return max(0, self._count - _SHOWN)
-
-
-@contextlib.contextmanager
-def progress(
-  file: pathlib.Path, console: rich.console.Console
-) -> Iterator[Callable[[int], None]]:
-  """A bar with the time left, on a terminal; gives what to tell bytes to."""
-  bar = rich.progress.Progress(
-    rich.progress.TextColumn("reading", markup=False),
-    rich.progress.BarColumn(),
-    rich.progress.DownloadColumn(),
-    rich.progress.TransferSpeedColumn(),
-    rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn("left", markup=False),
-    rich.progress.TimeRemainingColumn(),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  )
-  with bar:
-    # A file that is not there is the reader's to refuse.
-    total = file.stat().st_size if file.is_file() else None
-    task = bar.add_task("", total=total)
-    yield lambda count: bar.advance(task, count)
 
 
 def summary(

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from mole_jax.data import records, workers
 from mole_jax.data.builders.llava_json import samples
-from mole_jax.data.builders.prepared import finish, shards, spool, workers
+from mole_jax.data.builders.prepared import finish, shards, spool
 from mole_jax.data.builders.prepared.tally import LOG, Tally, TooManySkipped
 
-_FORMAT = 1  # Of what stands beside the shards.
+_FORMAT = 2  # Of what stands beside the shards.
 _LOCK_SECONDS = 5.0
+_NUM_NAMED = 3  # Bad records that an error names; the log has all.
 
 # Called with what is done ("reading" bytes, "writing" records), how much of it
 # so far, and how much there is.
@@ -76,8 +78,9 @@ def build(
 
   Raises:
     TooManySkipped: with the counts and where the log is.
-    ValueError: for wrong options, an input that cannot be read, or one that
-      has changed since the build was begun.
+    spool.BadInput: where the reading ends early or no record is left.
+    ValueError: for wrong options or paths, or an input that has changed since
+      the build was begun.
     OSError: where the disk is full, or the set is being built already.
     workers.WorkerError: if a worker fails or dies. Here and above, finished
       shards are kept.
@@ -140,7 +143,7 @@ def build(
       tally = Tally(plan, max_skipped, partial / LOG)
       tally.check()
       report("writing", 0, plan.num_samples)
-      writing = workers.run(jobs, num_workers, held=[held])
+      writing = workers.run(shards.PROGRAM, jobs, num_workers, held=[held])
       with contextlib.closing(writing):
         for job, answer in writing:
           tally.add(job.shard, answer)
@@ -150,11 +153,12 @@ def build(
       os.replace(data, target)
       shutil.rmtree(partial)
       return about
-  except TooManySkipped:
+  except TooManySkipped as error:
     finish.gather_log(work, partial / LOG)
     if not _has_shards(partial):  # What is mended then counts.
       (work / spool.PLAN).unlink()
-    raise
+    first = finish.first_problems(partial / LOG, _NUM_NAMED)
+    raise TooManySkipped("\n  ".join([str(error), *first])) from None
   except workers.WorkerError as error:
     raise workers.WorkerError(f"{error}. {_way_on(partial)}") from None
   except OSError as error:
@@ -291,7 +295,7 @@ def _lock(partial: pathlib.Path) -> Iterator[int]:
 
 def _about(target: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads((target / finish.ABOUT).read_text())
+    return json.loads((target / records.ABOUT).read_text())
   except (OSError, ValueError) as error:
     raise ValueError(
       f"{target} is there but was not built by this command ({error}); give "
@@ -300,7 +304,7 @@ def _about(target: pathlib.Path) -> dict[str, Any]:
 
 
 def _way_on(partial: pathlib.Path) -> str:
-  return (
-    f"Finished shards are kept in {partial}: see to the cause, then run the "
-    "same command again."
-  )
+  way_on = "see to the cause, then run the same command again."
+  if _has_shards(partial):
+    return f"Finished shards are kept in {partial}: {way_on}"
+  return way_on.capitalize()

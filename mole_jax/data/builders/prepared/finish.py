@@ -1,6 +1,7 @@
 """What stands beside the shards of a data set, written when all are there."""
 
 import collections
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -8,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mole_jax.data import records
+from mole_jax.data.builders.llava_json.problems import by_reason
 from mole_jax.data.builders.prepared import shards, spool
 from mole_jax.data.builders.prepared.tally import LOG, Tally, TooManySkipped
 
 VERSION = "1.0.0"
-ABOUT, LENGTHS = "prepared.json", "train-lengths.npy"
+LENGTHS = "train-lengths.npy"
 
 
 def write(
@@ -33,8 +36,9 @@ def write(
     )
   if not used:
     raise TooManySkipped(
-      f"none of {plan.num_read} records can be used; skipped {skipped}, "
-      f"failed {failed}. {data.parent / LOG} names each with its line."
+      f"none of {plan.num_read:,} records can be used; skipped: "
+      f"{by_reason(skipped)}; failed: {failed:,}. {data.parent / LOG} names "
+      "each with its line."
     )
   lengths = np.concatenate(
     [
@@ -60,12 +64,11 @@ def write(
     "domains": plan.domains,
     "records_by_domain": {key: domains[key] for key in plan.domains},
     "shards": [
-      {
-        "file": shards.shard_name(name, index, plan.num_shards),
-        "records": shard["records"],
-        "bytes": shard["file_bytes"],
-        "sha256": shard["sha256"],
-      }
+      _file(shards.shard_name(name, index, plan.num_shards), shard, "file")
+      for index, shard in enumerate(known)
+    ],
+    "texts": [
+      _file(shards.text_name(index, plan.num_shards), shard, "text")
       for index, shard in enumerate(known)
     ],
   }
@@ -76,8 +79,12 @@ def write(
     tally.total("record_bytes"),
     f"Conversations of {wanted['file']} with their images.",
   )
-  spool.write_whole(data / ABOUT, json.dumps(about, indent=2).encode())
+  spool.write_whole(data / records.ABOUT, json.dumps(about, indent=2).encode())
   return about
+
+
+def _file(name: str, shard: dict[str, Any], which: str) -> dict[str, Any]:
+  return {"file": name, "records": shard["records"], **shard[which]}
 
 
 def _write_tfds(
@@ -139,3 +146,10 @@ def gather_log(work: pathlib.Path, path: pathlib.Path) -> None:
   ]
   lines.sort(key=lambda line: json.loads(line)["line"])
   path.write_text("".join(lines), "utf-8")
+
+
+def first_problems(path: pathlib.Path, count: int) -> list[str]:
+  """What the first lines of a log say."""
+  with path.open(encoding="utf-8") as log:
+    lines = itertools.islice(log, count)
+    return [json.loads(line)["message"] for line in lines]

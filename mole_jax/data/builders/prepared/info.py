@@ -12,6 +12,7 @@ import rich.table
 from array_record.python import array_record_module
 
 from mole_jax.data import records
+from mole_jax.data.builders.llava_json.findings import size_text
 from mole_jax.data.builders.prepared import finish, shards
 from mole_jax.data.builders.prepared.tally import LOG
 
@@ -47,7 +48,7 @@ def describe(
   """
   folder = records.find_built(folder)
   try:
-    about = json.loads((folder / finish.ABOUT).read_text())
+    about = json.loads((folder / records.ABOUT).read_text())
     lengths = np.load(folder / finish.LENGTHS)
   except (OSError, ValueError) as error:
     raise ValueError(
@@ -55,7 +56,9 @@ def describe(
       "made can be described; build this one again, if it is one."
     ) from None
   problems = []
-  for shard in about["shards"]:
+  # Sets of before there were texts have none.
+  about.setdefault("texts", [])
+  for shard in [*about["shards"], *about["texts"]]:
     problem = _check_shard(folder / shard["file"], shard, use_hashes)
     if problem:
       problems.append(problem)
@@ -63,7 +66,7 @@ def describe(
   total = used + sum(about["skipped"].values()) + about["failed"]
   if about["read"] != total or not used == len(lengths) == about["used"]:
     problems.append(
-      f"{finish.ABOUT}: read {about['read']}, used {about['used']}, skipped "
+      f"{records.ABOUT}: read {about['read']}, used {about['used']}, skipped "
       f"{about['skipped']}, failed {about['failed']}; the shards hold {used} "
       f"records and {finish.LENGTHS} {len(lengths)}; wanted read = used + "
       "skipped + failed."
@@ -81,7 +84,7 @@ def describe(
 def _check_shard(
   path: pathlib.Path, shard: dict[str, Any], use_hashes: bool
 ) -> str | None:
-  way_out = "copy the set again, or remove its folder and build it anew."
+  way_out = records.COPY_AGAIN
   if not path.exists():
     return f"{path} is missing; {way_out}"
   if (size := path.stat().st_size) != shard["bytes"]:
@@ -110,10 +113,13 @@ def tables(description: Description) -> list[rich.table.Table]:
   wanted = about["wanted"]
   facts = _table(rich.markup.escape(str(description.folder)), "")
   stored = (
-    f"{about['images']:,} ({_megabytes(about['image_bytes'])}), "
+    f"{about['images']:,} ({size_text(about['image_bytes'])}), "
     f"{about['resized_images']:,} made smaller"
   )
-  shard_bytes = sum(shard["bytes"] for shard in about["shards"])
+  in_shards, in_texts = (
+    size_text(sum(file["bytes"] for file in about[key]))
+    for key in ("shards", "texts")
+  )
   for key, value in (
     ("split", f"{shards.SPLIT}: {about['used']:,} records"),
     ("read", f"{about['read']:,}"),
@@ -123,20 +129,21 @@ def tables(description: Description) -> list[rich.table.Table]:
       for key, value in about["skipped"].items()
     ),
     ("failed", f"{about['failed']:,}"),
+    *([("named in", LOG)] if about["read"] > about["used"] else []),
     ("ids made unique", f"{about['renamed_ids']:,}"),
     *(
       (f"domain {key}", f"{value:,} records")
       for key, value in about["records_by_domain"].items()
     ),
     ("images", stored),
-    ("shards", f"{len(about['shards'])} ({_megabytes(shard_bytes)})"),
-    ("from", f"{wanted['file']} ({_megabytes(wanted['file_bytes'])})"),
+    ("shards", f"{len(about['shards'])} ({in_shards}, texts {in_texts})"),
+    ("from", f"{wanted['file']} ({size_text(wanted['file_bytes'])})"),
     ("sha256", wanted["file_sha256"]),
-    ("images from", str(wanted["images"])),
+    ("images from", wanted["images"] or "no folder"),
     (
       "options",
       ", ".join(
-        f"{key} {wanted[key]}"
+        f"{key} {'by size' if wanted[key] is None else wanted[key]}"
         for key in ("layout", "max_image_side", "shards", "seed")
       ),
     ),
@@ -175,7 +182,3 @@ def _table(title: str, *columns: str) -> rich.table.Table:
     justify = "right" if name == "records" else "left"
     table.add_column(justify=justify, overflow="fold")
   return table
-
-
-def _megabytes(count: int) -> str:
-  return f"{count / 10**6:,.1f} MB"

@@ -1,9 +1,4 @@
-"""One shard of a data set, and the process that writes shards.
-
-python -c "from mole_jax.data.builders.prepared import shards; shards.main()"
-reads a job a line on its standard input and answers there; it ends with its
-input, so none outlives whoever started it.
-"""
+"""One shard of a data set, and the process that writes shards."""
 
 import collections
 import contextlib
@@ -12,24 +7,18 @@ import io
 import json
 import os
 import pathlib
-import queue
-import signal
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from array_record.python import array_record_module
 from PIL import Image as pillow
-from tensorflow_datasets.proto import tf_example_pb2
 
-from mole_jax.data import images
+from mole_jax.data import images, records, workers
 from mole_jax.data.builders.llava_json import samples
 from mole_jax.data.builders.llava_json.pictures import describe
-from mole_jax.data.builders.prepared import spool
+from mole_jax.data.builders.prepared import spool, stored
 
 # A row for each record, in the order in which the records are stored. `domain`
 # is an index into the domains of the data set.
@@ -42,7 +31,9 @@ LENGTHS = np.dtype(
     ("domain", "<u4"),
   ]
 )
-SPLIT = "train"
+SPLIT = records.BUILT_SPLIT
+# Of a process that writes shards.
+PROGRAM = "from mole_jax.data.builders.prepared import shards; shards.main()"
 _JPEG_QUALITY = _WEBP_QUALITY = 92
 _REPORT_SECONDS = 0.25
 
@@ -64,6 +55,9 @@ class Job(NamedTuple):
   shard: int
   max_image_side: int
 
+  def __str__(self) -> str:
+    return f"shard {self.shard}"
+
   def plan(self) -> spool.Plan:
     """The plan that the shard belongs to."""
     plan = spool.read_plan(pathlib.Path(self.work))
@@ -77,6 +71,10 @@ class Job(NamedTuple):
       self.name, self.shard, num_shards
     )
 
+  def text_path(self, num_shards: int) -> pathlib.Path:
+    """Where the records of the shard stand without their images."""
+    return pathlib.Path(self.data) / text_name(self.shard, num_shards)
+
   def beside(self, suffix: str) -> pathlib.Path:
     """A file with what is known of the shard."""
     return pathlib.Path(self.work) / f"shard-{self.shard:05d}{suffix}"
@@ -85,6 +83,11 @@ class Job(NamedTuple):
 def shard_name(name: str, shard: int, num_shards: int) -> str:
   """The file name of a shard, as TFDS has it."""
   return f"{name}-{SPLIT}.array_record-{shard:05d}-of-{num_shards:05d}"
+
+
+def text_name(shard: int, num_shards: int) -> str:
+  """The file name of a shard's texts, which TFDS must not take for a shard."""
+  return f"{SPLIT}-text-{shard:05d}-of-{num_shards:05d}.array_record"
 
 
 def no_report(done: int, skipped: dict[str, int]) -> None:
@@ -96,9 +99,9 @@ def write_shard(
 ) -> dict[str, Any]:
   """Writes a shard, or finds it written; returns what is known of it.
 
-  The returned {"records", "file_bytes", "record_bytes", "sha256", "skipped":
-  {reason: n}, "failed", "images", "image_bytes", "resized", "domains"} is
-  written last, so it stands for a whole shard.
+  The returned {"records", "file" and "text": {"bytes", "sha256"},
+  "record_bytes", "skipped": {reason: n}, "failed", "images", "image_bytes",
+  "resized", "domains"} is written last, so it stands for a whole shard.
 
   Args:
     job: which shard.
@@ -111,15 +114,16 @@ def write_shard(
   """
   plan = job.plan()
   places = plan.span(job.shard)
-  path = job.path(plan.num_shards)
+  path, text_path = job.path(plan.num_shards), job.text_path(plan.num_shards)
   if job.beside(".json").exists():
     known = json.loads(job.beside(".json").read_text())
-    if path.exists() and path.stat().st_size == known["file_bytes"]:
+    if _has_size(path, known["file"]) and _has_size(text_path, known["text"]):
       _check_images(job, places)
       return known
-  partial = path.with_name(path.name + ".partial")
-  # Smaller groups than the default: a record is read without its neighbours.
-  writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+  # Smaller groups than the default: a record is read without its neighbours,
+  # texts one after the other.
+  file = _Output(path, "group_size:1")
+  text = _Output(text_path, "group_size:256,zstd:3")
   told = time.monotonic()
   # Written as it goes: whoever stops for what is skipped reads it there.
   with job.beside(".skipped.jsonl").open("w", buffering=1) as log:
@@ -130,20 +134,40 @@ def write_shard(
       if time.monotonic() > told + _REPORT_SECONDS:
         report(done, dict(writing.skipped))
         told = time.monotonic()
-      data = writing.add(sample)
-      if data is not None:
-        writer.write(data)
-  try:
-    writer.close()
-  except RuntimeError as error:  # That the disk is full is noticed here.
-    with contextlib.suppress(OSError):
-      partial.unlink()
-    raise OSError(str(error)) from None
-  with partial.open("rb") as file:
-    os.fsync(file.fileno())
-    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-  os.replace(partial, path)
-  return writing.finish(path.stat().st_size, sha256)
+      record = writing.add(sample)
+      if record is not None:
+        file.write(record.data)
+        text.write(record.text)
+  return writing.finish(file=file.finish(), text=text.finish())
+
+
+class _Output:
+  """An ArrayRecord file that is whole or absent."""
+
+  def __init__(self, path: pathlib.Path, options: str):
+    self._path = path
+    self._partial = path.with_name(path.name + ".partial")
+    writer = array_record_module.ArrayRecordWriter(str(self._partial), options)
+    self._writer = writer
+    self.write = writer.write
+
+  def finish(self) -> dict[str, Any]:
+    """Puts the file in its place; returns its {"bytes", "sha256"}."""
+    try:
+      self._writer.close()
+    except RuntimeError as error:  # That the disk is full is noticed here.
+      with contextlib.suppress(OSError):
+        self._partial.unlink()
+      raise OSError(str(error)) from None
+    with self._partial.open("rb") as file:
+      os.fsync(file.fileno())
+      sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    os.replace(self._partial, self._path)
+    return {"bytes": self._path.stat().st_size, "sha256": sha256}
+
+
+def _has_size(path: pathlib.Path, known: dict[str, Any]) -> bool:
+  return path.exists() and path.stat().st_size == known["bytes"]
 
 
 class _Shard:
@@ -159,35 +183,36 @@ class _Shard:
     self._counts = collections.Counter[str]()
     self._in_domain: collections.Counter[str] = collections.Counter()
 
-  def add(self, sample: samples.Sample) -> bytes | None:
+  def add(self, sample: samples.Sample) -> stored.Stored | None:
     """A sample as a record's bytes; None if it is skipped."""
     self._stamps += [_stamp(i.path) for i in sample.images if i.path]
     try:
-      stored = [self._image(image) for image in sample.images]
-      record = _record(sample, [data for data, _ in stored])
-      data = serialize(record)
+      read = [self._image(image) for image in sample.images]
+      record = stored.store(sample, [data for data, _ in read])
     except Exception as error:  # One record must not end a million.
       self._skip(sample, error)
       return None
     answers = [t["value"] for t in sample.turns if t["from"] == "gpt"]
     self._lengths.append(
       (
-        len(stored),
+        len(read),
         len(sample.turns),
         sum(len(turn["value"]) for turn in sample.turns),
         sum(map(len, answers)),
-        self._domains[record["domain"]],
+        self._domains[sample.domain or ""],
       )
     )
-    self._in_domain[record["domain"]] += 1
+    self._in_domain[sample.domain or ""] += 1
     self._counts["records"] += 1
-    self._counts["record_bytes"] += len(data)
-    self._counts["images"] += len(stored)
-    self._counts["image_bytes"] += sum(len(data) for data, _ in stored)
-    self._counts["resized"] += sum(resized for _, resized in stored)
-    return data
+    self._counts["record_bytes"] += len(record.data)
+    self._counts["images"] += len(read)
+    self._counts["image_bytes"] += sum(len(data) for data, _ in read)
+    self._counts["resized"] += sum(resized for _, resized in read)
+    return record
 
-  def finish(self, file_bytes: int, sha256: str) -> dict[str, Any]:
+  def finish(
+    self, *, file: dict[str, Any], text: dict[str, Any]
+  ) -> dict[str, Any]:
     """Writes down what is known; the shard is there for good after it."""
     job = self._job
     lengths = np.array(self._lengths, LENGTHS)
@@ -195,8 +220,8 @@ class _Shard:
     stamps = np.array(self._stamps, np.int64).reshape(-1, 2)
     _save(job.beside(".stamps.npy"), stamps)
     known = {
-      "file_bytes": file_bytes,
-      "sha256": sha256,
+      "file": file,
+      "text": text,
       "skipped": dict(sorted(self.skipped.items())),
       "domains": dict(sorted(self._in_domain.items())),
     }
@@ -238,38 +263,6 @@ class _Shard:
       self._counts["failed"] += 1
     problem = sample.problem(reason, message)
     self._log.write(spool.log_line(self._job.file, problem))
-
-
-def _record(sample: samples.Sample, encoded: list[bytes]) -> dict[str, Any]:
-  chat = [turn for turn in sample.turns if turn["from"] in ("human", "gpt")]
-  # What LLaVA's stage 1 learns: a picture, one question, its answer.
-  is_caption = bool(encoded) and [t["from"] for t in chat] == ["human", "gpt"]
-  return {
-    "id": sample.id,
-    "domain": sample.domain or "",
-    "caption": chat[1]["value"] if is_caption else "",
-    "source": sample.source,
-    "images": encoded,
-    "turns": sample.turns,
-  }
-
-
-def serialize(record: dict[str, Any]) -> bytes:
-  """A record as tf.train.Example, which TFDS decodes with `features`.
-
-  TFDS's own serializer gives the same message at a tenth of the speed, and
-  its bytes differ from run to run.
-  """
-  example = tf_example_pb2.Example()
-  feature = example.features.feature
-  for key in ("id", "domain", "caption", "source"):
-    feature[key].bytes_list.value.append(record[key].encode())
-  feature["images"].bytes_list.value.extend(record["images"])
-  for key in ("from", "value", "kind"):
-    feature[f"turns/{key}"].bytes_list.value.extend(
-      [turn[key].encode() for turn in record["turns"]]
-    )
-  return example.SerializeToString(deterministic=True)
 
 
 def shrink(data: bytes, side: int, format: str) -> bytes:
@@ -327,36 +320,11 @@ def _save(path: pathlib.Path, values: np.ndarray) -> None:
 
 
 def main() -> None:
-  """Does the jobs that come in, one JSON line each, until the input ends.
+  """Writes the shards that come in; reports {"done", "skipped"}."""
 
-  Answers with lines {"done", "skipped"}, then {"known"}, or {"error"} where a
-  shard could not be written.
-  """
-  # Ctrl-C reaches the whole group; the parent says when to stop.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  answers = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)  # What a library prints must not look like an answer.
-  jobs: queue.Queue[str] = queue.Queue()
+  def do(job, report):
+    return write_shard(
+      Job(**job), lambda done, skipped: report(done=done, skipped=skipped)
+    )
 
-  def listen():
-    for line in sys.stdin:
-      jobs.put(line)
-    os._exit(0)  # The parent is gone or done; so is this shard.
-
-  threading.Thread(target=listen, daemon=True).start()
-
-  def answer(**fields):
-    answers.write(json.dumps(fields) + "\n")
-
-  while True:
-    job = Job(**json.loads(jobs.get()))
-    try:
-      known = write_shard(
-        job, lambda done, skipped: answer(done=done, skipped=skipped)
-      )
-    except (OSError, ValueError) as error:
-      answer(error=str(error))
-    except Exception:
-      answer(error=traceback.format_exc())
-    else:
-      answer(known=known)
+  workers.serve(do)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from mole_jax.data.builders.llava_json.problems import Place
+from mole_jax.data.builders.llava_json.problems import Place, by_reason
 from mole_jax.data.builders.llava_json.samples import Image, Problem, Sample
 
 SPOOL, PLAN, SKIPPED = "spool.bin", "plan.json", "spool-skipped.jsonl"
@@ -26,6 +26,10 @@ SPOOL, PLAN, SKIPPED = "spool.bin", "plan.json", "spool-skipped.jsonl"
 _SHARD_BYTES, _SHARD_RECORDS = 256 * 2**20, 50_000
 _NUM_PROBED = 1024  # Records whose image files are measured for that.
 _HEADER = struct.Struct("<I")
+
+
+class BadInput(ValueError):
+  """What is in the input keeps it from being built."""
 
 
 class Plan(NamedTuple):
@@ -71,7 +75,7 @@ def write(
     num_shards: None takes as many as the records and their images need.
 
   Raises:
-    ValueError: for a problem that ends the reading, or if no sample is left.
+    BadInput: for a problem that ends the reading, or if no sample is left.
     OSError: where the disk is full.
   """
   offsets = array.array("Q")
@@ -86,10 +90,9 @@ def write(
       if isinstance(sample, Problem):
         log.write(log_line(file, sample))
         if sample.is_fatal:
-          raise ValueError(
-            f"{sample.message} Before it came {len(offsets)} records that "
-            f"can be used and {sum(skipped.values())} that cannot: "
-            f"{dict(sorted(skipped.items()))}."
+          raise BadInput(
+            f"{sample.message} Before it came {len(offsets):,} records that "
+            f"can be used, skipped: {by_reason(skipped)}."
           )
         skipped[sample.reason] += 1
         continue
@@ -100,9 +103,10 @@ def write(
       _put(spool, sample)
   num_samples = len(offsets)
   if not num_samples:
-    raise ValueError(
-      f"{file}: none of {sum(skipped.values())} records can be used; skipped "
-      f"{dict(skipped)}. The log is {folder / SKIPPED}."
+    raise BadInput(
+      f"{file}: none of {sum(skipped.values()):,} records can be used; "
+      f"skipped: {by_reason(skipped)}. {folder / SKIPPED} names each with its "
+      "line."
     )
   order = _permutation(num_samples, seed)
   np.save(folder / "offsets.npy", np.frombuffer(offsets, np.uint64))

@@ -5,12 +5,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from mole_jax.data.builders.llava_json.problems import by_reason
 from mole_jax.data.builders.prepared import spool
 
 LOG = "skipped.jsonl"
 
 
-class TooManySkipped(ValueError):
+class TooManySkipped(spool.BadInput):
   """More records are bad than was allowed."""
 
 
@@ -59,10 +60,11 @@ class Tally:
     if bad <= self._max_skipped * read:
       return
     raise TooManySkipped(
-      f"{bad} of {read} records are bad ({bad / read:.2%}), more than "
-      f"--max-skipped {self._max_skipped:g} allows: skipped {skipped}, failed "
-      f"{failed}. {self._log} names each with its line; mend "
-      f"them, or go on without them with --max-skipped {_above(bad / read)}."
+      f"{bad:,} of {read:,} records are bad ({bad / read:.2%}), more than "
+      f"--max-skipped {self._max_skipped:g} allows: "
+      f"{by_reason({**skipped, 'failed': failed} if failed else skipped)}. "
+      f"{self._log} names each with its line; mend them, or go on without them "
+      f"with --max-skipped {_above(bad / read)}."
     )
 
 

@@ -1,69 +1,30 @@
-"""How far a build is, on a terminal or in the log of a job."""
+"""What came of a build, for a terminal."""
 
-import time
-from types import TracebackType
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import rich.console
 import rich.progress
 
-_LOG_SECONDS = 30.0
+from mole_jax.data.builders.llava_json.problems import by_reason
+from mole_jax.data.builders.prepared import finish, tally
 
 
-class Progress:
-  """A bar with the time left; in a log, a line every half a minute.
-
-  A context manager; `report` is what `build.build` is given.
-  """
-
-  def __init__(self, console: rich.console.Console):
-    self._console = console
-    self._began = self._logged = time.monotonic()
-    self._phase = ""
-    self._bar = rich.progress.Progress(
-      rich.progress.TextColumn("{task.description}"),
-      rich.progress.BarColumn(),
-      rich.progress.TaskProgressColumn(),
-      rich.progress.TextColumn("{task.fields[speed_text]}"),
-      rich.progress.TimeElapsedColumn(),
-      rich.progress.TextColumn("left"),
-      rich.progress.TimeRemainingColumn(),
-      console=console,
-      transient=True,
-      disable=not console.is_terminal,
-    )
-    self._task: rich.progress.TaskID | None = None
-
-  def __enter__(self) -> "Progress":
-    self._bar.start()
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
-    self._bar.stop()
-
-  def report(self, phase: str, done: int, total: int) -> None:
-    """Takes what is done of a phase: bytes read, or records written."""
-    now = time.monotonic()
-    if phase != self._phase:
-      self._phase, self._began, self._first = phase, now, done
-      if self._task is not None:
-        self._bar.remove_task(self._task)
-      self._task = self._bar.add_task(phase, total=total, speed_text="")
-    seconds = max(now - self._began, 1e-3)
-    # What an earlier call had done says nothing about the speed.
-    speed = (done - self._first) / seconds
-    unit, scale = ("records", 1) if phase == "writing" else ("MB", 10**6)
-    text = f"{speed / scale:,.0f} {unit}/s"
-    assert self._task is not None
-    self._bar.update(self._task, completed=done, total=total, speed_text=text)
-    if not self._console.is_terminal and now > self._logged + _LOG_SECONDS:
-      self._logged = now
-      left = (total - done) / speed if speed else float("inf")
-      self._console.print(
-        f"{phase}: {done / scale:,.0f} of {total / scale:,.0f} {unit}, "
-        f"{text}, {left:,.0f} s left"
-      )
+def summary(
+  about: Mapping[str, Any],
+  folder: pathlib.Path,
+  console: rich.console.Console,
+) -> None:
+  """Prints what became of the records of a set, built in `folder`."""
+  lines = [
+    f"read {about['read']:,} = used {about['used']:,} + skipped "
+    f"{sum(about['skipped'].values()):,} + failed {about['failed']:,}; "
+    f"{about['resized_images']:,} of {about['images']:,} images made smaller"
+  ]
+  if about["read"] > about["used"]:
+    log = folder / finish.VERSION / tally.LOG
+    reasons = by_reason(about["skipped"])
+    lines.append(f"skipped: {reasons}; {log} names each with its line")
+  lines.append(f"Written to {folder}")
+  console.print("\n".join(lines), markup=False)
