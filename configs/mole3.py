@@ -136,10 +136,10 @@ def tiny() -> mlc.ConfigDict:
       use_adapters=False,
       trainable=(r".*",),
       num_steps=450,
-      batch_size=8,
-      max_length=512,
-      max_images=10,
-      max_segments=16,
+      batch_size=16,
+      max_length=256,
+      max_images=4,
+      max_segments=8,
       optim=dict(
         lr=1e-3,
         lr_factors=dict(),
@@ -164,10 +164,10 @@ def tiny() -> mlc.ConfigDict:
         r"visual_(start|end)",
       ),
       num_steps=300,
-      batch_size=8,
-      max_length=576,
-      max_images=8,
-      max_segments=16,
+      batch_size=16,
+      max_length=272,
+      max_images=4,
+      max_segments=8,
       optim=dict(
         lr=2e-3,
         lr_factors={"projector": 0.1},
@@ -305,10 +305,7 @@ def converted(path: str, about: dict) -> mlc.ConfigDict:
     stage.trainable = tuple(p for p in stage.trainable if "visual" not in p)
   vision = c.model.vision
   num_patches = (vision.image_size // vision.patch_size) ** 2
-  stage.batch_size = 16
   stage.max_length = 4 * (num_patches + 2) + 256
-  stage.max_images = 4
-  stage.max_segments = 8
   stage.optim.lr = 2e-4  # LLaVA-1.5's for LoRA.
   stage.optim.warmup_ratio = 0.03
   c.evaluation.batch_size = 32
