@@ -26,11 +26,13 @@ class Ready(NamedTuple):
   """A sample as it goes into a batch; without pictures if it failed.
 
   These are pixels uint8[M,H,W,3], or features[M,P,D] of a frozen tower.
+  `num_slots` images stand in its ids; they take their places in the row.
   """
 
   input_ids: Int32[np.ndarray, " T"]
   labels: Int32[np.ndarray, " T"]
   pictures: np.ndarray | None
+  num_slots: int
 
   @property
   def nbytes(self) -> int:
@@ -106,7 +108,7 @@ class Assembler:
       start = slot = 0
       for segment, entry in enumerate(entries):
         dataset = self.datasets[entry[0]]
-        ids, labels, pictures = self._ready(entry)
+        ids, labels, pictures, num_slots = self._ready(entry)
         span = slice(start, start + len(ids))
         batch["input_ids"][row, span] = ids
         batch["positions"][row, span] = np.arange(len(ids))
@@ -118,7 +120,7 @@ class Assembler:
           batch["labels"][row, span] = labels
           batch[key][row, slot : slot + len(pictures)] = pictures
         start += len(ids)
-        slot += int(dataset.image_counts[entry[1]])
+        slot += num_slots
     return batch
 
   def explain(self, entry: schedule.Entry) -> str:
@@ -139,7 +141,7 @@ class Assembler:
       sample = dataset.sample(entry[1])
     except ValueError:
       ids = np.full(dataset.lengths[entry[1]], self.pad_id, np.int32)
-      return Ready(ids, ids, None)
+      return Ready(ids, ids, None, 0)
     try:
       if self.stores is None:
         pictures = self._pixels(sample.images)
@@ -147,8 +149,10 @@ class Assembler:
         store = self.stores[entry[0]]
         pictures = store.read(dataset.place(entry[1]), len(sample.images))
     except ValueError:
-      return Ready(sample.input_ids, sample.labels, None)
-    ready = Ready(sample.input_ids, sample.labels, pictures)
+      count = len(sample.images)
+      return Ready(sample.input_ids, sample.labels, None, count)
+    count = len(sample.images)
+    ready = Ready(sample.input_ids, sample.labels, pictures, count)
     self._cache.put(entry, ready)
     return ready
 

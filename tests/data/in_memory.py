@@ -30,6 +30,19 @@ def make_dataset(rows, encoder, *, name, domains):
   return Dataset(name, rows, encoder, measured, domains)
 
 
+class Rows(list):
+  """Records of which some cannot be read."""
+
+  def __init__(self, rows, unreadable=()):
+    super().__init__(rows)
+    self.unreadable = set(unreadable)
+
+  def __getitem__(self, index):
+    if not isinstance(index, slice) and index in self.unreadable:
+      raise ValueError(f"record {index} cannot be read")
+    return super().__getitem__(index)
+
+
 def loader_of(datasets, weights=(2.0, 1.0), **kwargs):
   """The batches of small sets; of two, the first drawn twice as often."""
   kwargs = {

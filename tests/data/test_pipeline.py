@@ -303,3 +303,32 @@ def test_steps_outside_the_plan_are_refused(make_datasets, step):
   if step != 12:
     with pytest.raises(ValueError, match=f"start_step={step} of a plan"):
       next(loader.iterate(step))
+
+
+def test_pictures_stand_behind_those_of_a_record_that_cannot_be_read(
+  make_datasets,
+):
+  datasets = make_datasets()
+  sound = make_datasets()
+  bad = [(0, record) for record in (0, 3, 12, 21)]
+  datasets[0]._rows = in_memory.Rows(
+    datasets[0]._rows, [record for _, record in bad]
+  )
+  loader = in_memory.loader_of(datasets, num_steps=40)
+  num_before = 0
+  for step, batch in enumerate(loader):
+    for row in range(4):
+      entries = loader.plan.row(4 * step + row)
+      expected = [
+        decode_image(data, Preparation(8))
+        for entry in entries
+        if entry not in bad
+        for data in sound[entry[0]].sample(entry[1]).images
+      ]
+      # As many as there are positions for, and in their order: the model
+      # knows nothing else of where a picture belongs.
+      assert (batch["input_ids"][row] == 3).sum() == 4 * len(expected)
+      for slot, pixels in enumerate(expected):
+        np.testing.assert_array_equal(batch["images"][row, slot], pixels)
+      num_before += any(entry in bad for entry in entries[:-1])
+  assert num_before > 3
