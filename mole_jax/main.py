@@ -95,17 +95,7 @@ def _command(argv: Sequence[str]) -> str:
 
 def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], pathlib.Path]:
   """The resolved config and the run directory."""
-  try:
-    rest = flags.FLAGS(list(argv))
-    # A file that cannot be read fails only here.
-    config = None if _CONFIG.value is None else rundir.plain(_CONFIG.value)
-  except (flags.Error, *command_line.ERRORS) as error:
-    message = command_line.explain(error, argv)
-    raise command_line.UsageError(message) from None
-  if len(rest) > 1:
-    raise command_line.UsageError(
-      f"unexpected argument {rest[1]!r}; settings look like --config.seed=1"
-    )
+  config = command_line.parse(flags.FLAGS, _CONFIG, argv)
   if config is None or _WORKDIR.value is None:
     raise command_line.UsageError(
       "--config=FILE[:variant] and --workdir=DIR are needed, for example "

@@ -12,7 +12,6 @@ usage.
 """
 
 import argparse
-import os
 import pathlib
 import re
 import sys
@@ -102,7 +101,7 @@ def _build(args: argparse.Namespace, console: rich.console.Console) -> int:
         name=args.name,
         out=args.out,
         domain=args.domain or recipe.domain,
-        num_workers=args.workers or _num_cores(),
+        num_workers=args.workers or workers.num_cores(),
         max_image_side=args.max_image_side,
         num_shards=args.shards,
         max_skipped=args.max_skipped,
@@ -188,12 +187,6 @@ def _positive(text: str) -> int:
   if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
     raise argparse.ArgumentTypeError(f"{text!r}: wanted a number from 1.")
   return int(text)
-
-
-def _num_cores() -> int:
-  if hasattr(os, "sched_getaffinity"):  # Not on every system.
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _share(text: str) -> float:

@@ -68,10 +68,7 @@ class Assembler:
     """Tokens of each row of a global batch."""
     if not self.is_cut:
       return self.max_length
-    longest = max(
-      sum(int(self.datasets[d].lengths[record]) for d, record in row)
-      for row in rows
-    )
+    longest = _most([dataset.lengths for dataset in self.datasets], rows)
     unit = -(-self.max_length // NUM_LENGTHS)
     return min(self.max_length, -(-longest // unit) * unit)
 
@@ -79,10 +76,7 @@ class Assembler:
     """Images of each row of a global batch: 1, 2, 4, ... up to the most."""
     if not self.is_cut:
       return self.max_images
-    most = max(
-      sum(int(self.datasets[d].image_counts[record]) for d, record in row)
-      for row in rows
-    )
+    most = _most([dataset.image_counts for dataset in self.datasets], rows)
     return min(self.max_images, 1 << max(0, most - 1).bit_length())
 
   def __call__(self, step: int) -> Batch:
@@ -142,16 +136,15 @@ class Assembler:
     except ValueError:
       ids = np.full(dataset.lengths[entry[1]], self.pad_id, np.int32)
       return Ready(ids, ids, None, 0)
+    count = len(sample.images)
     try:
       if self.stores is None:
         pictures = self._pixels(sample.images)
       else:
         store = self.stores[entry[0]]
-        pictures = store.read(dataset.place(entry[1]), len(sample.images))
+        pictures = store.read(dataset.place(entry[1]), count)
     except ValueError:
-      count = len(sample.images)
       return Ready(sample.input_ids, sample.labels, None, count)
-    count = len(sample.images)
     ready = Ready(sample.input_ids, sample.labels, pictures, count)
     self._cache.put(entry, ready)
     return ready
@@ -172,6 +165,14 @@ class Assembler:
     return np.stack(
       [images.decode_image(data, self.preparation) for data in encoded]
     )
+
+
+def _most(
+  values: Sequence[Int32[np.ndarray, " _"]],
+  rows: Sequence[Sequence[schedule.Entry]],
+) -> int:
+  """The largest sum over a row of what its records have."""
+  return max(sum(int(values[d][record]) for d, record in row) for row in rows)
 
 
 class _Cache:

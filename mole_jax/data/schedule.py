@@ -44,7 +44,9 @@ class Schedule:
   rows_per_window: int
   draws_per_window: int
 
-  def __init__(self):
+  def __init__(self, lengths: Lengths, image_counts: Lengths, seed: int):
+    self._lengths, self._image_counts = lengths, image_counts
+    self._seed = seed
     self._cache: collections.OrderedDict[int, list[list[Entry]]] = (
       collections.OrderedDict()
     )
@@ -68,6 +70,16 @@ class Schedule:
         if len(self._cache) > _CACHED_WINDOWS:
           self._cache.popitem(last=False)
       return self._cache[number][place]
+
+  def _open_streams(self, shares: Sequence[float]) -> list[Stream]:
+    """What each data set brings, once `draws_per_window` is known."""
+    split = Shares(shares, self.draws_per_window)
+    return [
+      Stream(length, images, split, index, self._seed)
+      for index, (length, images) in enumerate(
+        zip(self._lengths, self._image_counts, strict=True)
+      )
+    ]
 
   def _make(self, number: int) -> list[list[Entry]]:
     raise NotImplementedError
@@ -104,14 +116,12 @@ class Packed(Schedule):
     max_segments: int,
     window_rows: int = WINDOW_ROWS,
   ):
-    super().__init__()
+    super().__init__(lengths, image_counts, seed)
     shares = _check(
       lengths, image_counts, weights, max_length, max_images, max_segments
     )
     if window_rows < 1:
       raise ValueError(f"window_rows={window_rows}; wanted at least 1.")
-    self._seed = seed
-    self._lengths, self._image_counts = lengths, image_counts
     self._max_length, self._max_images = max_length, max_images
     mean = lambda values: sum(
       share * float(np.mean(each))
@@ -123,13 +133,7 @@ class Packed(Schedule):
       max_segments,
     )
     self.draws_per_window = max(1, int(window_rows * records_per_row))
-    self._shares = Shares(shares, self.draws_per_window)
-    self._streams = [
-      Stream(length, images, self._shares, index, seed)
-      for index, (length, images) in enumerate(
-        zip(lengths, image_counts, strict=True)
-      )
-    ]
+    self._streams = self._open_streams(shares)
     self._pattern(max_segments)
 
   def _pattern(self, max_segments: int) -> None:
@@ -219,26 +223,18 @@ class Grouped(Schedule):
     max_images: int,
     window_rows: int = WINDOW_ROWS,
   ):
-    super().__init__()
+    super().__init__(lengths, image_counts, seed)
     shares = _check(lengths, image_counts, weights, max_length, max_images, 1)
     if batch_size < 1 or window_rows < 1:
       raise ValueError(
         f"batch_size={batch_size}, window_rows={window_rows}; wanted at least "
         "1 of each."
       )
-    self._seed = seed
     self._batch_size = batch_size
     # The draws of a window fill batches, and enough of them to choose from.
     num_batches = max(16, -(-window_rows // batch_size))
     self.draws_per_window = self.rows_per_window = num_batches * batch_size
-    self._lengths, self._image_counts = lengths, image_counts
-    split = Shares(shares, self.draws_per_window)
-    self._streams = [
-      Stream(length, images, split, index, seed)
-      for index, (length, images) in enumerate(
-        zip(lengths, image_counts, strict=True)
-      )
-    ]
+    self._streams = self._open_streams(shares)
 
   def _make(self, number: int) -> list[list[Entry]]:
     drawn: list[tuple[int, int, int]] = []  # (length, data set, record).

@@ -43,6 +43,21 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     lock_config=True,
     sys_argv=list(argv),
   )
+  found = parse(values, config, argv)
+  if found is None:
+    raise UsageError(
+      "--config=FILE[:variant] is needed, for example --config=configs/mole3.py"
+    )
+  return found
+
+
+def parse(
+  values: flags.FlagValues, config: flags.FlagHolder, argv: Sequence[str]
+) -> dict[str, Any] | None:
+  """Parses flags; the config among them as JSON holds it, None without one.
+
+  Raises UsageError as `read_config`.
+  """
   try:
     rest = values(list(argv))
     # A file that cannot be read fails only here.
@@ -52,10 +67,6 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
   if len(rest) > 1:
     raise UsageError(
       f"unexpected argument {rest[1]!r}; settings look like --config.seed=1"
-    )
-  if found is None:
-    raise UsageError(
-      "--config=FILE[:variant] is needed, for example --config=configs/mole3.py"
     )
   return found
 

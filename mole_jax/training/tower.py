@@ -10,6 +10,7 @@ import numpy as np
 
 from mole_jax.data import features, images
 from mole_jax.models import vision
+from mole_jax.training import base as base_lib
 from mole_jax.training import state, step
 
 MODES = ("none", "cached")
@@ -69,7 +70,7 @@ def open_stores(
   )
   preparation = images.preparation_of(config)
   known = [
-    _hash_of(params),
+    {name: base_lib.digest(params[name]) for name in sorted(params)},
     repr(model.vision),
     repr(preparation),
     [list(mean), list(std), model.dtype],
@@ -89,12 +90,3 @@ def open_stores(
     )
     for line in config["stages"][stage_name]["mixture"].values()
   ]
-
-
-def _hash_of(params: Mapping[str, jax.Array]) -> str:
-  digest = hashlib.sha256()
-  for name in sorted(params):
-    value = np.asarray(params[name])
-    digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-    digest.update(np.ascontiguousarray(value).tobytes())
-  return digest.hexdigest()

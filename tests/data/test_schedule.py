@@ -239,8 +239,10 @@ def test_padding_counts_tokens():
     def _make(self, number):
       return [[(0, 1), (1, 0)], [(0, 0)]]  # 7 and 2 of 10 each.
 
-  assert padding_of(Plan(), lengths, 10, 2) == pytest.approx(11 / 20)
-  assert padding_of(Plan(), lengths, 10, 0) == 0
+  assert padding_of(Plan(lengths, lengths, 0), lengths, 10, 2) == pytest.approx(
+    11 / 20
+  )
+  assert padding_of(Plan(lengths, lengths, 0), lengths, 10, 0) == 0
 
 
 def test_negative_rows_are_refused():

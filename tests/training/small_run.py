@@ -13,6 +13,7 @@ from mole_jax.data import encoding, images, pipeline
 from mole_jax.data.templates import VICUNA
 from mole_jax.data.tokenizer import Tokenizer
 from mole_jax.parallel import mesh as mesh_lib
+from mole_jax.training import base as base_lib
 from mole_jax.training import loop, rundir
 from tests.data import in_memory
 from tests.models import small
@@ -140,6 +141,16 @@ def _break(records, bad):
     if record["id"] in bad:
       record["images"] = [data[:40] for data in record["images"]]
   return records
+
+
+def make_base(config):
+  """A random base, as flat parameters."""
+  shapes = base_lib.base_shapes(config)
+  keys = jax.random.split(jax.random.key(7), len(shapes))
+  return {
+    name: 0.2 * jax.random.normal(key, leaf.shape)
+    for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
+  }
 
 
 def make_stage(config, name, num_devices=1):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mole_jax.data import images, templates
-from mole_jax.training import base as base_lib
 from mole_jax.training import checkpoint, feed, loop, metrics, state
 from tests.training import small_run
 
@@ -18,16 +17,6 @@ from tests.training import small_run
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
   return small_run.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def make_base(config):
-  """A random base, as flat parameters."""
-  shapes = base_lib.base_shapes(config)
-  keys = jax.random.split(jax.random.key(7), len(shapes))
-  return {
-    name: 0.2 * jax.random.normal(key, leaf.shape)
-    for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
-  }
 
 
 def assert_same(one, other):
@@ -72,7 +61,7 @@ def test_chats_are_written_as_the_config_says(text, monkeypatch):
 @pytest.mark.parametrize("name", ["base", "mole"])
 def test_six_steps_equal_three_a_stop_and_three(name, text, tmp_path):
   config = small_run.make_config()
-  base = make_base(config) if name == "mole" else None
+  base = small_run.make_base(config) if name == "mole" else None
   whole, rows = small_run.train(config, name, tmp_path / "a", text, base)
   small_run.train(config, name, tmp_path / "b", text, base, last_step=3)
   assert checkpoint.list_steps(tmp_path / "b", name) == [3]
@@ -86,7 +75,7 @@ def test_frozen_parameters_are_bitwise_unchanged_and_the_others_move(
   text, tmp_path
 ):
   config = small_run.make_config()
-  base = make_base(config)
+  base = small_run.make_base(config)
   before = jax.tree.map(np.array, base)
   after, _ = small_run.train(config, "mole", tmp_path, text, base)
   patterns = config["stages"]["mole"]["trainable"]
@@ -112,7 +101,7 @@ def test_eight_devices_train_like_one_with_experts_sharded(text, tmp_path):
   config["model"]["lora"]["dropout"] = 0.0
   config["model"]["mole"]["dropout"] = 0.0
   config["model"]["mole"]["num_experts"] = 4
-  base = make_base(config)
+  base = small_run.make_base(config)
   _, one = small_run.train(config, "mole", tmp_path / "a", text, base)
   config["mesh"] = dict(data=1, fsdp=2, expert=2, tensor=2)
   start, _ = small_run.make_stage(config, "mole", 8).start(0, base)
@@ -175,7 +164,7 @@ def test_a_signal_saves_and_the_rerun_goes_on(number, text, tmp_path):
 
 def test_metrics_have_one_line_a_window_even_after_a_resume(text, tmp_path):
   config = small_run.make_config()
-  base = make_base(config)
+  base = small_run.make_base(config)
   small_run.train(config, "mole", tmp_path, text, base, last_step=5)
   # As if the run had been killed after step 5, but saved only step 3.
   small_run.train(config, "mole", tmp_path, text, base)

@@ -1,11 +1,9 @@
 """A stage that reads features of its frozen tower instead of pixels."""
 
-import jax
 import numpy as np
 import pytest
 
 from mole_jax.data.builders.prepared.build import build
-from mole_jax.training import base as base_lib
 from mole_jax.training import feed, loop, tower
 from tests.data.builders import prepared_input
 from tests.training import small_run
@@ -33,15 +31,6 @@ def config(built):
   return config
 
 
-def make_base(config):
-  shapes = base_lib.base_shapes(config)
-  keys = jax.random.split(jax.random.key(7), len(shapes))
-  return {
-    name: 0.2 * jax.random.normal(key, leaf.shape)
-    for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
-  }
-
-
 def open_stores(config, base):
   return tower.open_stores(config, "mole", base, lambda *progress: None)
 
@@ -59,7 +48,7 @@ def train(config, text, base, run, stores):
 
 
 def test_training_is_the_same_as_with_pixels(config, text, tmp_path):
-  base = make_base(config)
+  base = small_run.make_base(config)
   pixels, rows, loader = train(config, text, base, tmp_path / "a", None)
   assert "images" in loader.batch(0)
   stores = open_stores(config, base)
@@ -77,7 +66,7 @@ def test_training_is_the_same_as_with_pixels(config, text, tmp_path):
 
 
 def test_another_tower_or_preparation_has_another_store(config):
-  base = make_base(config)
+  base = small_run.make_base(config)
   (first,) = open_stores(config, base)
   assert open_stores(config, base)[0].folder == first.folder
   name = next(n for n in base if n.startswith("vision/"))
