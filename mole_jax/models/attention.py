@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mole_jax.parallel import activations
+
 
 def rotary_angles(
   positions: Int[Array, "B T"], head_dim: int, base: float
@@ -46,11 +48,39 @@ def attend(
   key: Float[Array, "B J K H"],
   value: Float[Array, "B J K H"],
   mask: Bool[Array, "B T J"] | None,
+  is_causal: bool = False,
 ) -> Float[Array, "B T N H"]:
   """Scaled dot-product attention, softmax in float32; N a multiple of K.
 
-  `mask` is True where a query may look; None means everywhere.
+  `mask` is True where a query may look; None means everywhere, or with
+  `is_causal` everywhere that is not later.
   """
   return jax.nn.dot_product_attention(
-    query, key, value, mask=None if mask is None else mask[:, None]
+    query,
+    key,
+    value,
+    mask=None if mask is None else mask[:, None],
+    is_causal=is_causal,
+    implementation=choose_kernel(query, key, mask is not None),
   )
+
+
+def choose_kernel(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B J K H"],
+  has_mask: bool,
+) -> str:
+  """ "cudnn" (flash attention) on a GPU for what it takes, else "xla".
+
+  cuDNN takes 16-bit types, heads of at most 128 in multiples of 8 and, with a
+  mask, even lengths. Against a cache (J above T) queries are few.
+  """
+  tokens, head_dim = query.shape[1], query.shape[3]
+  fits = (
+    query.dtype in (jnp.bfloat16, jnp.float16)
+    and head_dim <= 128
+    and head_dim % 8 == 0
+    and key.shape[1] == tokens
+    and not (has_mask and tokens % 2)
+  )
+  return "cudnn" if fits and activations.platform() == "gpu" else "xla"

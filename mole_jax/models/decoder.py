@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mole_jax.models import attention, lora, mole, remat
+from mole_jax.parallel import activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class _Shared(NamedTuple):
 
   cos: Float[Array, "B T 1 H2"]
   sin: Float[Array, "B T 1 H2"]
-  mask: Bool[Array, "B T J"]
+  mask: Bool[Array, "B T J"] | None
   segments: Bool[Array, "B T S"]
   router: tuple[Float[Array, "D E"], Float[Array, " E"]] | None
   slot: Int[Array, ""] | None
@@ -146,7 +147,8 @@ class SelfAttention(nn.Module):
       y = lora.LoraLinear(
         num_heads * c.head_dim, name=name, **dataclasses.asdict(self.lora)
       )(x, is_training)
-      return y.reshape(batch, tokens, num_heads, c.head_dim)
+      y = y.reshape(batch, tokens, num_heads, c.head_dim)
+      return activations.constrain(y, activations.ROWS, None, "tensor", None)
 
     name = checkpoint_name
     query = linear(c.num_heads, "q_proj")
@@ -163,7 +165,8 @@ class SelfAttention(nn.Module):
         for old, new in ((cache.key, key), (cache.value, value))
       )
       cache = Cache(key, value)
-    y = attention.attend(query, key, value, shared.mask)
+    is_causal = shared.mask is None
+    y = attention.attend(query, key, value, shared.mask, is_causal)
     y = name(y.reshape(batch, tokens, -1), "attn_out")
     o_proj = lora.LoraLinear(
       width,
@@ -171,7 +174,7 @@ class SelfAttention(nn.Module):
       name="o_proj",
       **dataclasses.asdict(self.lora),
     )
-    return o_proj(y, is_training), cache
+    return activations.rows(o_proj(y, is_training)), cache
 
 
 class DecoderLayer(nn.Module):
@@ -201,6 +204,7 @@ class DecoderLayer(nn.Module):
     y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
     mlp = mole.MoleMlp(c.intermediate_size, self.mole, init_scale, name="mlp")
     y, routing = mlp(y, shared.router, self.is_training)
+    y = activations.rows(y)
     if routing is not None:
       sums = mole.routing_sums(routing, shared.segments)
       routing = LayerRouting(sums, routing.chosen)
@@ -234,14 +238,17 @@ class Decoder(nn.Module):
     """Final hidden states -> logits, float32."""
     tied = self.config.tie_word_embeddings
     head = self.embed_tokens.T if tied else self.lm_head
-    return lora.matmul(x, head.astype(x.dtype)).astype(jnp.float32)
+    logits = lora.matmul(x, head.astype(x.dtype)).astype(jnp.float32)
+    if logits.ndim == 3:
+      logits = activations.constrain(logits, activations.ROWS, None, "tensor")
+    return logits
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-    mask: Bool[Array, "B T J"],
+    mask: Bool[Array, "B T J"] | None,
     segments: Bool[Array, "B T S"],
     cache: Cache | None = None,
     slot: Int[Array, ""] | None = None,
@@ -258,7 +265,8 @@ class Decoder(nn.Module):
     Args:
       x: embedded tokens, image features in their places.
       positions: rotary positions.
-      mask: True where a token may look.
+      mask: True where a token may look; None where a row is one segment, in
+        which a token looks at all that are not later.
       segments: membership of tokens in segments; all False on padding.
       cache: with one, the new keys and values are written from `slot` on and
         attention runs over the whole cache.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mole_jax.models import attention, decoder, lora, mole, remat, vision
+from mole_jax.parallel import activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,24 +97,28 @@ def place_image_features(
   Features of unused image slots have no position left and are dropped. Image
   positions must come in whole images (the data pipeline sees to that).
   """
-  batch, tokens, width = x.shape
-  # Position of the i-th image token of each row; `tokens` (out of bounds,
-  # hence dropped) where there is none.
-  size = features.shape[1]
+  tokens, size = x.shape[1], features.shape[1]
+  # Position of the i-th image token of each row. Where there is none: out of
+  # bounds, hence dropped, and no two alike, since that is what is promised.
   find = lambda row: jnp.nonzero(row, size=size, fill_value=tokens)[0]
   position = jax.vmap(find)(is_image)
-  row = jnp.broadcast_to(jnp.arange(batch)[:, None], position.shape)
-  index = jnp.stack([row, position], axis=-1)
+  slots = jnp.arange(size, dtype=position.dtype)
+  position = jnp.where(position < tokens, position, tokens + slots[None])
+  # Rows are a batching dimension: the compiler sees that none crosses devices.
   dimensions = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(2,),
-    inserted_window_dims=(0, 1),
-    scatter_dims_to_operand_dims=(0, 1),
+    inserted_window_dims=(1,),
+    scatter_dims_to_operand_dims=(1,),
+    operand_batching_dims=(0,),
+    scatter_indices_batching_dims=(0,),
   )
   return jax.lax.scatter(
     x,
-    index,
+    position[..., None],
     features.astype(x.dtype),
     dimensions,
+    indices_are_sorted=True,
+    unique_indices=True,
     mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
   )
 
@@ -165,7 +170,8 @@ class Llava(nn.Module):
         for token in (self.visual_start, self.visual_end)
       )
       x = jnp.concatenate([start, x, end], axis=1)
-    return x.reshape(batch, images * x.shape[1], x.shape[2])
+    x = x.reshape(batch, images * x.shape[1], x.shape[2])
+    return activations.rows(x)
 
   def embed(
     self,
@@ -174,11 +180,12 @@ class Llava(nn.Module):
   ) -> Float[Array, "B T D"]:
     """Embeds tokens, image features in the places of image tokens."""
     x = self.decoder.embed(input_ids).astype(self.config.dtype)
+    x = activations.rows(x)
     if pictures is None:
       return x
     features = self.encode_images(pictures)
     is_image = input_ids == self.config.image_token_id
-    return place_image_features(x, features, is_image)
+    return activations.rows(place_image_features(x, features, is_image))
 
   def __call__(
     self,
@@ -190,13 +197,15 @@ class Llava(nn.Module):
     is_training: bool = False,
     keep_inputs: bool = False,
   ) -> Output:
-    """Runs packed rows; segment 0 is padding, which is never counted.
+    """Runs packed rows; segment 0 is padding, behind all segments.
 
     Pictures are normalised pixels, or the tower's features of them, in order
     of appearance in their row.
     `keep_inputs` is for comparisons: see `Decoder`.
     """
-    mask = attention.causal_segment_mask(segment_ids)
+    mask = None
+    if num_segments > 1:
+      mask = attention.causal_segment_mask(segment_ids)
     segments = segment_members(segment_ids, num_segments)
     x = self.embed(input_ids, pictures)
     output = self.decoder(

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mole_jax.parallel import activations
+
 
 @jax.custom_vjp
 def matmul(
@@ -66,9 +68,10 @@ def low_rank(
 ) -> Float[Array, "... F"]:
   """(alpha / r) B A x (Hu et al. 2021, equation 3).
 
-  The factor is applied in rank space, where it costs R products, not F.
+  The factor is applied in rank space, where it costs R products, not F; and
+  where D is cut over devices, what they add up is R wide, not F.
   """
-  z = matmul(x, lora_a.astype(x.dtype))
+  z = activations.rows(matmul(x, lora_a.astype(x.dtype)))
   z = z * jnp.asarray(scaling(alpha, lora_a.shape[-1]), x.dtype)
   return matmul(z, lora_b.astype(x.dtype))
 

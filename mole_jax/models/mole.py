@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mole_jax.models import lora, moving
+from mole_jax.parallel import activations
 
 GATES = ("none", "prob", "straight_through")
 DISPATCHES = ("auto", "loop", "masked", "gather")
@@ -104,7 +105,9 @@ def route(
   logits = lora.matmul(x.astype(jnp.float32), kernel)
   logits = logits + lora.along_last(bias, logits)
   probs = jax.nn.softmax(logits, axis=-1)
-  return Routing(probs, jax.lax.top_k(probs, top_k)[1])
+  # The compiler knows no way to cut `top_k`: it would gather all rows.
+  choose = activations.per_row(lambda probs: jax.lax.top_k(probs, top_k)[1])
+  return Routing(probs, choose(probs))
 
 
 def gate_weights(routing: Routing, gate: str) -> Float[Array, "*N E"]:
@@ -163,7 +166,8 @@ def masked_experts(
   """One wide low-rank product; in rank space the unchosen blocks become 0."""
   num_experts, width, rank = lora_a.shape
   wide_a = lora_a.transpose(1, 0, 2).reshape(width, num_experts * rank)
-  z = lora.matmul(x, wide_a).reshape(-1, num_experts, rank)
+  z = activations.rows(lora.matmul(x, wide_a))
+  z = z.reshape(-1, num_experts, rank)
   z = (z * weights[:, :, None]).reshape(-1, num_experts * rank)
   return lora.matmul(z, lora_b.reshape(num_experts * rank, -1))
 
@@ -342,9 +346,12 @@ class MoleMlp(nn.Module):
       module = ExpertsLinear(features, c, init_scale, name=name)
       return module(x, weights, plan, dispatch, is_training)
 
+    def wide(y):
+      return activations.constrain(y, activations.ROWS, None, "tensor")
+
     gate = linear(self.intermediate_size, "gate_proj", x)
-    gate = checkpoint_name(gate, "mlp_gate")
+    gate = checkpoint_name(wide(gate), "mlp_gate")
     up = linear(self.intermediate_size, "up_proj", x)
-    up = checkpoint_name(up, "mlp_up")
+    up = checkpoint_name(wide(up), "mlp_up")
     hidden = jax.nn.silu(gate) * up
     return linear(width, "down_proj", hidden, self.init_scale), routing

@@ -8,6 +8,7 @@ with LoRA recomputes almost nothing at a third of the memory of "none".
 from collections.abc import Callable
 
 import jax
+import jax.extend
 
 NAMED = ("query", "key", "value", "attn_out", "resid_mid", "mlp_gate", "mlp_up")
 POLICIES = ("none", "full", "dots", "named")
@@ -20,8 +21,19 @@ def policy(name: str) -> Callable | None:
   if name == "dots":
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   if name == "named":
-    return jax.checkpoint_policies.save_only_these_names(*NAMED)
+    return jax.checkpoint_policies.save_from_both_policies(
+      jax.checkpoint_policies.save_only_these_names(*NAMED), _is_flash_attention
+    )
   raise ValueError(f"model.remat={name!r} must be one of {POLICIES}.")
+
+
+def _is_flash_attention(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
+  """Whether results come from cuDNN's kernel.
+
+  Its backward pass needs the sums of the softmax, too, which bear no name of
+  ours: without them the whole kernel would run again.
+  """
+  return primitive.name == "dot_product_attention_fwd"
 
 
 def rematerialise(body: Callable, name: str) -> Callable:

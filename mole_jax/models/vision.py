@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from mole_jax.models import attention, lora, remat
+from mole_jax.parallel import activations
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
@@ -221,11 +222,11 @@ class VisionLayer(nn.Module):
     value = linear(width, "v_proj")(y).reshape(heads)
     y = attention.attend(query, key, value, None).reshape(x.shape)
     y = linear(width, "out_proj", init_scale)(y)
-    x = x + scaled(y, "layer_scale1")
+    x = activations.rows(x + scaled(y, "layer_scale1"))
     y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
     y = activate(linear(c.intermediate_size, "fc1")(y), c.hidden_act)
     y = linear(width, "fc2", init_scale)(y)
-    return x + scaled(y, "layer_scale2"), None
+    return activations.rows(x + scaled(y, "layer_scale2")), None
 
 
 class VisionTower(nn.Module):

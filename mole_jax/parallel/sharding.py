@@ -1,5 +1,6 @@
 """Parameter path -> partition spec, one table for the whole model."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,10 @@ from jax.sharding import PartitionSpec as P
 from mole_jax.parallel import mesh as mesh_lib
 
 # First match wins. Stacked layers carry a leading layer axis, never sharded.
-# LoRA experts are small: sharded over `expert`, gathered where used.
+# LoRA experts are small: sharded over `expert`, gathered where used. Where
+# `tensor` cuts what goes into a map or comes out, it cuts that side of the
+# map's LoRA too, so that devices add up rank-wide products, never whole ones.
+CUT = ("tensor", "fsdp")
 RULES = (
   (r"decoder/embed_tokens", P("tensor", "fsdp")),
   (r"decoder/lm_head", P("fsdp", "tensor")),
@@ -20,12 +24,19 @@ RULES = (
     P(None, "fsdp", "tensor"),
   ),
   (r"decoder/layers/self_attn/o_proj/kernel", P(None, "tensor", "fsdp")),
-  (r"decoder/layers/self_attn/\w+/lora_a", P(None, "fsdp", None)),
-  (r"decoder/layers/self_attn/\w+/lora_b", P(None, None, "fsdp")),
+  (r"decoder/layers/self_attn/[qkv]_proj/lora_a", P(None, "fsdp", None)),
+  (r"decoder/layers/self_attn/[qkv]_proj/lora_b", P(None, None, CUT)),
+  (r"decoder/layers/self_attn/o_proj/lora_a", P(None, CUT, None)),
+  (r"decoder/layers/self_attn/o_proj/lora_b", P(None, None, "fsdp")),
   (r"decoder/layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
   (r"decoder/layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),
-  (r"decoder/layers/mlp/\w+/lora_a", P(None, "expert", "fsdp", None)),
-  (r"decoder/layers/mlp/\w+/lora_b", P(None, "expert", None, "fsdp")),
+  (
+    r"decoder/layers/mlp/(gate|up)_proj/lora_a",
+    P(None, "expert", "fsdp", None),
+  ),
+  (r"decoder/layers/mlp/(gate|up)_proj/lora_b", P(None, "expert", None, CUT)),
+  (r"decoder/layers/mlp/down_proj/lora_a", P(None, "expert", CUT, None)),
+  (r"decoder/layers/mlp/down_proj/lora_b", P(None, "expert", None, "fsdp")),
   (r"decoder/(layers/mlp/)?router/(kernel|bias)", P()),
   (r"decoder/(layers/\w+|norm)/scale", P()),
   (r"vision/layers/([qkv]_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
@@ -65,11 +76,16 @@ def parameter_shardings(
         f"parameter {path!r} of shape {leaf.shape} has fewer axes than its "
         f"partition spec {spec}."
       )
-    for axis, name in enumerate(spec):
-      if name is not None and leaf.shape[axis] % mesh.shape[name]:
+    for axis, names in enumerate(spec):
+      if names is None:
+        continue
+      names = names if isinstance(names, tuple) else (names,)
+      ways = math.prod(mesh.shape[name] for name in names)
+      if leaf.shape[axis] % ways:
+        named = " x ".join(f"{name!r}" for name in names)
         problems.append(
           f"{path}: axis {axis} of {leaf.shape} is not divisible by mesh axis "
-          f"{name!r} of size {mesh.shape[name]}"
+          f"{named} of size {ways}"
         )
     shardings[path] = NamedSharding(mesh, spec)
   if problems:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mole_jax.data import pipeline
+from mole_jax.models import llava
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
@@ -78,6 +79,7 @@ class Stage:
       self.settings["max_length"], f"config.stages.{name}.max_length"
     )
     mesh_lib.check_batch_size(self.settings["batch_size"], mesh)
+    _check_cuts(self.model_config, mesh)
     shapes = state.parameter_shapes(self.model_config)
     trainable, frozen = state.split(shapes, self.settings["trainable"])
     base_dtype = config["base"]["dtype"]
@@ -177,6 +179,19 @@ class Stage:
       self.optimizer.init, out_shardings=self.shardings["opt_state"]
     )(trainable)
     return state.TrainState(trainable, opt_state), frozen
+
+
+def _check_cuts(config: llava.LlavaConfig, mesh: jax.sharding.Mesh) -> None:
+  """Whole heads and whole experts on each device."""
+  decoder = config.decoder
+  heads = {
+    "model.decoder.num_heads": decoder.num_heads,
+    "model.decoder.num_kv_heads": decoder.num_kv_heads,
+    "model.decoder.intermediate_size": decoder.intermediate_size,
+  }
+  mesh_lib.check_divides(mesh, "tensor", heads)
+  experts = {"model.mole.num_experts": config.mole.num_experts}
+  mesh_lib.check_divides(mesh, "expert", experts)
 
 
 def run_stage(

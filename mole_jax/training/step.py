@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from mole_jax.models import llava
-from mole_jax.parallel import sharding
+from mole_jax.parallel import activations, sharding
 from mole_jax.training import losses, state
 
 Batch = dict[str, Array]
@@ -150,7 +150,7 @@ def compile_step(
   )
   replicated = sharding.replicated(mesh)
   jitted = jax.jit(
-    train_step,
+    activations.on_mesh(train_step, mesh),
     in_shardings=(
       shardings["trainable"],
       shardings["frozen"],

@@ -19,6 +19,7 @@ from tests.data import in_memory
 from tests.models import small
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+AXES = ("data", "fsdp", "expert", "tensor")
 DOMAINS = ("general", "document", "biomedical")
 COLOURS = ("red", "green", "blue")
 

@@ -96,25 +96,6 @@ def test_training_learns(text, tmp_path):
   assert rows[60]["loss"] < 0.5 * rows[2]["loss"]
 
 
-def test_eight_devices_train_like_one_with_experts_sharded(text, tmp_path):
-  config = small_run.make_config()
-  config["model"]["lora"]["dropout"] = 0.0
-  config["model"]["mole"]["dropout"] = 0.0
-  config["model"]["mole"]["num_experts"] = 4
-  base = small_run.make_base(config)
-  _, one = small_run.train(config, "mole", tmp_path / "a", text, base)
-  config["mesh"] = dict(data=1, fsdp=2, expert=2, tensor=2)
-  start, _ = small_run.make_stage(config, "mole", 8).start(0, base)
-  leaf = start.trainable["decoder/layers/mlp/up_proj/lora_a"]
-  assert leaf.addressable_shards[0].data.shape[:2] == (2, 2)
-  _, eight = small_run.train(
-    config, "mole", tmp_path / "b", text, base, num_devices=8
-  )
-  for number in one:
-    for key in ("loss", "lm_loss", "balance_loss"):
-      assert eight[number][key] == pytest.approx(one[number][key], rel=1e-5)
-
-
 def test_a_non_finite_loss_names_the_step_and_spares_the_checkpoint(
   text, tmp_path
 ):
