@@ -115,8 +115,8 @@ def tiny() -> mlc.ConfigDict:
     # "packed": rows of several samples; "modality": one a row, batches with
     # images or without, of about equal lengths (LLaVA's way).
     batching="packed",
-    # "cached": a tower that a stage freezes runs once over all pictures, and
-    # the stage reads its features instead of them.
+    # "cached": a stage that freezes the vision tower reads what it makes of
+    # the images, kept beside the data; "none": every stage reads pixels.
     features="none",
     max_skipped=1e-3,  # Share of a data set that may be bad; above it, stop.
     num_workers=0,

@@ -30,12 +30,12 @@ from mole_jax.training import base as base_lib
 from mole_jax.training import (
   checkpoint,
   command_line,
+  features,
   feed,
   files,
   loop,
   metrics,
   rundir,
-  tower,
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -110,6 +110,7 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
     rundir.claim(run, config, is_data_change_accepted=_ACCEPT_DATA_CHANGE.value)
     mesh = mesh_lib.make_mesh(config["mesh"])
     stages = [loop.Stage(config, name, mesh) for name in config["stage_names"]]
+    features.check_useful(config, {s.name: s.trainable_shapes for s in stages})
     text = feed.read_tokenizer(config)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -142,11 +143,12 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
       if not is_base and base is None:
         path = run / reference.path
         base = loop.load_base(stage, config, path, reference.sha256)
+      start = None if is_base else base
+      tower = stage.frozen_tower(config, start)
+      lines = stage.settings["mixture"].values()
+      stores = None if tower is None else tower.stores(lines, run)
       image_tokens = stage.model_config.num_image_tokens
       with progress.Progress(console) as bar:
-        stores = None
-        if tower.is_cached(config, stage.trainable_shapes):
-          stores = tower.open_stores(config, stage.name, base, bar.run_tower)
         loader = feed.make_loader(
           config, stage.name, text, image_tokens, bar.count_tokens, stores
         )
@@ -157,14 +159,15 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
         steps[-1] if steps else 0,
         is_change_accepted=_ACCEPT_DATA_CHANGE.value,
       )
+      if tower is not None and stores is not None:
+        with progress.Progress(console) as bar:
+          tower.make(stores, console.print, bar.see_images)
     except ValueError as error:
       print(f"error: {error}", file=sys.stderr)
       return 2
     _print_counts(stage.name, stage.counts)
     _print_data(loader)
-    for store in stores or ():
-      console.print(f"features instead of pixels: {store.folder}")
-    start = None if is_base else base
+    _print_features(config, stage)
     base = _train(config, stage, loader, run, start, reference)
     if is_base:
       base_lib.write_base(run / "base", base)
@@ -228,6 +231,14 @@ def _print_data(loader: Any) -> None:
   console.print(
     f"padding: {padding.share:.1%} of tokens in {padding.num_rows:,} rows"
   )
+
+
+def _print_features(config: Mapping[str, Any], stage: loop.Stage) -> None:
+  if stage.uses_features:
+    console.print(f"stage {stage.name} reads cached features")
+  elif config["data"]["features"] == "cached":
+    why = features.why_pixels(config, stage.name, stage.trainable_shapes)
+    console.print(f"stage {stage.name} reads pixels: {why}")
 
 
 def _train(

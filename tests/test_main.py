@@ -112,6 +112,31 @@ def test_another_config_is_refused_with_the_differences(finished):
   assert "Traceback" not in done.stderr
 
 
+def test_cached_features_are_kept_in_the_run_and_train_as_pixels(
+  finished, tmp_path, monkeypatch
+):
+  workdir, _ = finished
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  base = f"--config.base.path={workdir / 'base'}"
+  small = [arg for arg in SMALL if ".base." not in arg]
+  small += ["--config.evaluation.max_questions=1", base]
+  cached = "--config.data.features=cached"
+  done = run(f"--workdir={tmp_path / 'run'}", cached, *small)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "stage mole reads cached features" in done.stdout
+  made = sorted((tmp_path / "run" / "features").glob("*/about.json"))
+  names = [json.loads(path.read_text())["name"] for path in made]
+  domains = ("biomedical", "document", "general")
+  assert sorted(names) == [f"embedded/{domain}" for domain in domains]
+  assert not (tmp_path / "cache" / "mole_jax").exists()
+  rows = [
+    json.loads((path / "mole" / "metrics.jsonl").read_text().splitlines()[-1])
+    for path in (tmp_path / "run", workdir)
+  ]
+  for key in ("loss", "balance_loss"):
+    assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-6)
+
+
 def test_a_base_is_shared_by_path_and_hash(finished, tmp_path):
   workdir, _ = finished
   base = f"--config.base.path={workdir / 'base'}"

@@ -1,218 +1,168 @@
-"""Features of a frozen tower, kept on disk beside the pictures they are of.
+"""What a frozen vision tower makes of a split's images, kept beside the data.
 
-A store holds those of every image of a split, in the order of the records. It
-is made once, whole or not at all.
+    FOLDER/first.npy              number of each record's first image
+    FOLDER/part-00000.npy, ...    features [images, P, D]; bfloat16 as uint16
+    FOLDER/part-00000.bad.npy     which of these images could not be decoded
+    FOLDER/about.json             what they are of; written last
+
+A row behind those of the images is of a black one, as which a broken image
+goes into a batch.
 """
 
-import concurrent.futures
-import contextlib
-import fcntl
+import dataclasses
 import functools
+import hashlib
 import json
-import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import Bool, Int64, Shaped
 
 from mole_jax.data import images, measure, records
 
-_ABOUT, _FEATURES, _FIRST, _BAD = (
-  "about.json",
-  "features.bin",
-  "first.npy",
-  "bad.npy",
-)
-_DTYPES = {
-  "float32": np.dtype(np.float32),
-  "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+_VERSION = 1  # Of what is stored; a new one makes all features anew.
+ABOUT, FIRST = "about.json", "first.npy"
+# Of a model's type, that of the files; NumPy alone knows no bfloat16.
+_STORED = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2")}
 
-# Pixels uint8[N,H,W,3] -> features[N,P,D].
-Encode = Callable[[np.ndarray], np.ndarray]
-# Called with how many records are done, and of how many.
-Report = Callable[[int, int], Any]
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+  """Whose features: `identity` tells it from every other tower.
+
+  dtype: of the features, "float32" or "bfloat16".
+  preparation: of the pixels that it is given.
+  """
+
+  identity: str
+  num_patches: int
+  width: int
+  dtype: str
+  preparation: images.Preparation
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of the features of one image."""
+    return self.num_patches, self.width
+
+  @property
+  def stored(self) -> np.dtype:
+    return _STORED[self.dtype]
+
+  @property
+  def image_bytes(self) -> int:
+    """What one image takes on disk."""
+    return self.num_patches * self.width * self.stored.itemsize
+
+
+class _Opened(NamedTuple):
+  first: Int64[np.ndarray, " N"]
+  is_bad: Bool[np.ndarray, " I"]
+  parts: list[np.ndarray]
+  rows_per_part: int
 
 
 class Store:
-  """Features of a split; opened anew in each process.
+  """The features of every image of a split, see `feature_writer.make`.
 
-  shape: patches and width, (P, D), of one image.
-  dtype: float32 or bfloat16.
-  """
-
-  def __init__(self, folder: pathlib.Path):
-    about = json.loads((folder / _ABOUT).read_text())
-    self.folder = folder
-    self.shape: tuple[int, int] = tuple(about["shape"])
-    self.dtype = _DTYPES[about["dtype"]]
-    self.num_images: int = about["images"]
-
-  def __getstate__(self) -> dict[str, Any]:
-    known = dict(self.__dict__)
-    known.pop("_opened", None)
-    return known
-
-  @functools.cached_property
-  def _opened(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    shape = (self.num_images, *self.shape)
-    return (
-      np.memmap(self.folder / _FEATURES, self.dtype, "r", shape=shape)
-      if self.num_images
-      else np.empty(shape, self.dtype),
-      np.load(self.folder / _FIRST),
-      np.load(self.folder / _BAD),
-    )
-
-  def read(self, record: int, count: int) -> Num[np.ndarray, "M P D"]:
-    """Features of the first `count` images of a record of the split.
-
-    Raises ValueError where one of these could not be decoded.
-    """
-    features, first, bad = self._opened
-    span = slice(int(first[record]), int(first[record]) + count)
-    if bad[span].any():
-      raise ValueError(f"an image of record {record} could not be decoded")
-    return np.array(features[span])
-
-
-def find_or_make(
-  name: str,
-  split: str,
-  key: str,
-  shape: tuple[int, int],
-  dtype: str,
-  preparation: images.Preparation,
-  encode: Encode,
-  *,
-  batch_size: int,
-  report: Report,
-) -> Store:
-  """Opens the store of a split, or makes it.
+  Opened when first read, anew in each process.
 
   Args:
     name: of the data set, see `records.open_records`.
-    split: e.g. "train".
-    key: a hash of the tower and of how images are prepared.
-    shape: patches and width of one image's features.
-    dtype: "float32" or "bfloat16".
-    preparation: size of the images and how they get it.
-    encode: the tower, on `batch_size` images at a time.
-    batch_size: images; the last ones are padded to as many.
-    report: called as it goes on.
+    split: of it.
+    tower: whose features.
+    other_place: where they are kept if the data set came with the package.
 
-  Raises:
-    ValueError: where the disk is too full, with what is needed.
+  Raises ValueError as `records.identity` does.
   """
-  known = records.identity(name, split)[:16]
-  folder = measure.cache_folder(name, "features") / f"{split}-{known}-{key}"
-  with _alone(folder):
-    if not (folder / _ABOUT).is_file():
-      _make(
-        folder, name, split, shape, dtype, preparation, encode, batch_size,
-        report,
-      )  # fmt: skip
-  return Store(folder)
 
-
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-  """Waits until no other process makes the same store."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with folder.with_name(folder.name + ".lock").open("a") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-
-
-def _make(
-  folder: pathlib.Path,
-  name: str,
-  split: str,
-  shape: tuple[int, int],
-  dtype: str,
-  preparation: images.Preparation,
-  encode: Encode,
-  batch_size: int,
-  report: Report,
-) -> None:
-  rows = records.open_records(name, split)
-  texts = records.open_texts(name, split)
-  counts = np.array(
-    [
-      record["num_images"]
-      for start in range(0, len(texts), 4096)
-      for record in texts.read(start, min(start + 4096, len(texts)))
-    ],
-    np.int64,
-  )
-  num_images = int(counts.sum())
-  size = num_images * shape[0] * shape[1] * _DTYPES[dtype].itemsize
-  partial = folder.with_name(folder.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)  # Of a run that was killed.
-  free = shutil.disk_usage(folder.parent).free
-  if size > free:
-    raise ValueError(
-      f"the features of {num_images:,} images of {name} take {size:,} bytes, "
-      f"and {folder.parent} has {free:,} free; make room, set XDG_CACHE_HOME, "
-      'or use --config.data.features="none".'
+  def __init__(
+    self, name: str, split: str, tower: Tower, other_place: pathlib.Path
+  ):
+    self.name, self.split, self.tower = name, split, tower
+    known = {
+      "version": _VERSION,
+      "data": records.identity(name, split),
+      "tower": tower.identity,
+      "dtype": tower.dtype,
+      **dataclasses.asdict(tower.preparation),
+    }
+    self.about = {"name": name, "split": split, **known}
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    place = (
+      other_place
+      if name in records.EMBEDDED
+      else measure.cache_folder(name, "features")
     )
-  partial.mkdir()
-  bad = np.zeros(num_images, bool)
-  with (partial / _FEATURES).open("wb") as file:
-    pixels = _decoded(rows, preparation, batch_size, bad, report)
-    for batch, used in pixels:
-      found = np.asarray(encode(batch), _DTYPES[dtype])[:used]
-      file.write(np.ascontiguousarray(found).tobytes())
-    file.flush()
-    os.fsync(file.fileno())
-  np.save(partial / _FIRST, np.concatenate([[0], np.cumsum(counts)])[:-1])
-  np.save(partial / _BAD, bad)
-  about = {"shape": shape, "dtype": dtype, "images": num_images}
-  (partial / _ABOUT).write_text(json.dumps(about))
-  os.rename(partial, folder)
+    self.folder = place / f"{split}-{key.hexdigest()[:32]}"
 
+  def __getstate__(self) -> dict[str, object]:
+    return {k: v for k, v in self.__dict__.items() if k != "_opened"}
 
-def _decoded(
-  rows: records.Records,
-  preparation: images.Preparation,
-  batch_size: int,
-  bad: np.ndarray,
-  report: Report,
-) -> Iterator[tuple[UInt8[np.ndarray, "N H W 3"], int]]:
-  """Pixels of all images in order, in whole batches, and how many count.
+  @property
+  def is_made(self) -> bool:
+    return (self.folder / ABOUT).is_file()
 
-  What cannot be decoded is black, and marked in `bad`.
-  """
-  size = preparation.image_size
+  def open(self) -> None:
+    """Raises ValueError for files that are not those that were made."""
+    _ = self._opened
 
-  def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
-    try:
-      return images.decode_image(data, preparation)
-    except ValueError:
+  def read(self, record: int, count: int) -> Shaped[np.ndarray, "M P D"] | None:
+    """Of a record's first `count` images; None if one cannot be decoded."""
+    first = int(self._opened.first[record])
+    if self._opened.is_bad[first : first + count].any():
       return None
+    return self._rows(first, first + count)
 
-  batch = np.zeros((batch_size, size, size, 3), np.uint8)
-  place = 0
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    for number in range(len(rows)):
-      try:
-        encoded = rows[number]["images"]
-      except ValueError:  # Its images are counted, for its text is known.
-        raise ValueError(
-          f"record {number} cannot be read; features need all of them. Copy "
-          'the set again, or use --config.data.features="none".'
-        ) from None
-      for pixels in pool.map(decode, encoded):
-        slot = place % batch_size
-        bad[place] = pixels is None
-        batch[slot] = 0 if pixels is None else pixels
-        place += 1
-        if slot == batch_size - 1:
-          yield batch, batch_size
-      report(number + 1, len(rows))
-  if place % batch_size:
-    yield batch, place % batch_size
+  def black(self, count: int) -> Shaped[np.ndarray, "M P D"]:
+    """Of `count` black images."""
+    last = len(self._opened.is_bad)
+    return np.repeat(self._rows(last, last + 1), count, axis=0)
+
+  def _rows(self, start: int, stop: int) -> Shaped[np.ndarray, "M P D"]:
+    size, parts = self._opened.rows_per_part, self._opened.parts
+    found = [
+      part[max(start - i * size, 0) : stop - i * size]
+      for i, part in enumerate(parts[: -(-stop // size)])
+      if start < (i + 1) * size
+    ]
+    if len(found) == 1:  # A view: what is not used is not read.
+      return found[0]
+    none = np.empty((0, *self.tower.shape), self.tower.stored)
+    return np.concatenate([none, *found])
+
+  @functools.cached_property
+  def _opened(self) -> _Opened:
+    try:
+      about = json.loads((self.folder / ABOUT).read_text())
+      count, size = about["num_images"], about["rows_per_part"]
+      parts, bad = [], []
+      for i, rows in enumerate(split_rows(count, size)):
+        part = np.load(part_file(self.folder, i), mmap_mode="r")
+        if part.shape != (len(rows), *self.tower.shape):
+          raise ValueError(f"part {i} has shape {part.shape}")
+        parts.append(part)
+        bad.append(np.load(bad_file(self.folder, i)))
+      first = np.load(self.folder / FIRST, mmap_mode="r")
+      return _Opened(first, np.concatenate(bad)[:count], parts, size)
+    except (OSError, ValueError, KeyError) as error:
+      raise ValueError(
+        f"{self.folder} is damaged ({error}); remove it, it is made anew."
+      ) from error
+
+
+def split_rows(num_images: int, size: int) -> list[range]:
+  """Rows of each part; one more than there are images."""
+  stop = num_images + 1
+  return [range(i, min(i + size, stop)) for i in range(0, stop, size)]
+
+
+def part_file(folder: pathlib.Path, number: int) -> pathlib.Path:
+  """Features of some images."""
+  return folder / f"part-{number:05d}.npy"
+
+
+def bad_file(folder: pathlib.Path, number: int) -> pathlib.Path:
+  """Which of them are of a broken image."""
+  return folder / f"part-{number:05d}.bad.npy"

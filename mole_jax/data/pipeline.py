@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from mole_jax.data import features, images, schedule, workers
+from mole_jax.data import features, images, ready, schedule, workers
 from mole_jax.data.assembly import Assembler, Batch
 from mole_jax.data.mixture import Dataset
 
@@ -165,7 +165,7 @@ class Loader:
         self._failed[entry] = Failure(
           self.datasets[entry[0]].name,
           self.datasets[entry[0]].place(entry[1]),
-          self._assembler.explain(entry),
+          self._assembler.samples.explain(entry),
         )
     return {**batch, "num_failed": np.array(failed.sum(), np.int32)}
 
@@ -205,8 +205,7 @@ def make_loader(
     pad_id: token id of padding.
     batching: "packed" (as many samples a row as fit) or "modality" (one a
       row; batches with images or without, of about equal lengths).
-    stores: features of the images of each data set, for batches of these
-      instead of pixels.
+    stores: of each data set, for features in place of pixels.
     process_index: this host.
     process_count: hosts.
     num_workers: processes that prepare batches; 0 uses threads only.
@@ -245,16 +244,14 @@ def make_loader(
       lengths, image_counts, weights, seed=seed, batch_size=batch_size, **limits
     )
   assembler = Assembler(
-    datasets,
+    ready.Samples(datasets, preparation, pad_id, stores),
     plan,
     batch_size=batch_size,
     num_rows=batch_size // process_count,
     process_index=process_index,
     max_segments=max_segments,
     is_cut=batching == "modality",
-    preparation=preparation,
     pad_id=pad_id,
-    stores=stores,
     **limits,
   )
   return Loader(

@@ -64,12 +64,14 @@ class Progress:
     """Takes how many records of a data set have been measured."""
     self.report(f"counting tokens of {name}", done, total)
 
-  def run_tower(self, name: str, done: int, total: int) -> None:
-    """Takes how many records' pictures the tower has seen."""
-    self.report(f"features of {name}", done, total)
+  def see_images(self, name: str, done: int, total: int) -> None:
+    """Takes how many images of a data set have features by now."""
+    self.report(f"features of {name}", done, total, "images")
 
-  def report(self, phase: str, done: int, total: int) -> None:
-    """Takes what is done of a phase: bytes while reading, else records."""
+  def report(
+    self, phase: str, done: int, total: int, unit: str = "records"
+  ) -> None:
+    """Takes what is done of a phase: bytes while reading, else of a unit."""
     now = time.monotonic()
     if phase != self._phase:
       self._phase, self._began, self._first = phase, now, done
@@ -79,7 +81,7 @@ class Progress:
     seconds = max(now - self._began, 1e-3)
     # What an earlier call had done says nothing about the speed.
     speed = (done - self._first) / seconds
-    unit, scale = ("MB", 10**6) if phase == "reading" else ("records", 1)
+    unit, scale = ("MB", 10**6) if phase == "reading" else (unit, 1)
     text = f"{speed / scale:,.0f} {unit}/s"
     assert self._task is not None
     self._bar.update(self._task, completed=done, total=total, speed_text=text)

@@ -1,6 +1,7 @@
 """LLaVA: vision tower -> projector -> decoder (Liu et al. 2023, 2024).
 
-Einsum axes: see lora.py; "M" are images per row, "Y" and "X" pixels.
+Einsum axes: see lora.py; "M" are images per row, "Y" and "X" pixels, "C" is
+the width of the tower.
 """
 
 import dataclasses
@@ -152,17 +153,19 @@ class Llava(nn.Module):
       self.visual_end = self.param("visual_end", normal, (width,))
 
   def encode_images(
-    self, pictures: Float[Array, "B M Y X 3"] | Float[Array, "B M P W"]
+    self, pixel_values: Float[Array, "B M Y X 3"]
   ) -> Float[Array, "B F D"]:
-    """Features for every position that the images of a row take.
+    """Embeddings for every position that the images of a row take."""
+    batch, images = pixel_values.shape[:2]
+    flat = pixel_values.reshape(-1, *pixel_values.shape[2:])
+    x = self.vision(flat.astype(self.config.dtype))
+    return self.project(x.reshape(batch, images, *x.shape[1:]))
 
-    `pictures` are pixels, or what the tower makes of them.
-    """
-    batch, images = pictures.shape[:2]
-    x = pictures.reshape(-1, *pictures.shape[2:]).astype(self.config.dtype)
-    if pictures.ndim == 5:
-      x = self.vision(x)
-    x = self.projector(x)
+  def project(self, features: Float[Array, "B M P C"]) -> Float[Array, "B F D"]:
+    """As `encode_images`, of what the tower has made of the images."""
+    batch, images = features.shape[:2]
+    flat = features.reshape(-1, *features.shape[2:])
+    x = self.projector(flat.astype(self.config.dtype))
     if self.config.use_visual_tokens:
       shape = (x.shape[0], 1, x.shape[2])
       start, end = (
@@ -176,38 +179,43 @@ class Llava(nn.Module):
   def embed(
     self,
     input_ids: Int[Array, "B T"],
-    pictures: Float[Array, "B M Y X 3"] | Float[Array, "B M P W"] | None,
+    pixel_values: Float[Array, "B M Y X 3"] | None,
+    features: Float[Array, "B M P C"] | None = None,
   ) -> Float[Array, "B T D"]:
-    """Embeds tokens, image features in the places of image tokens."""
+    """Embeds tokens, images in the places of image tokens."""
     x = self.decoder.embed(input_ids).astype(self.config.dtype)
     x = activations.rows(x)
-    if pictures is None:
+    if features is not None:
+      images = self.project(features)
+    elif pixel_values is not None:
+      images = self.encode_images(pixel_values)
+    else:
       return x
-    features = self.encode_images(pictures)
     is_image = input_ids == self.config.image_token_id
-    return activations.rows(place_image_features(x, features, is_image))
+    return activations.rows(place_image_features(x, images, is_image))
 
   def __call__(
     self,
     input_ids: Int[Array, "B T"],
-    pictures: Float[Array, "B M Y X 3"] | Float[Array, "B M P W"] | None,
+    pixel_values: Float[Array, "B M Y X 3"] | None,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     num_segments: int,
     is_training: bool = False,
     keep_inputs: bool = False,
+    features: Float[Array, "B M P C"] | None = None,
   ) -> Output:
     """Runs packed rows; segment 0 is padding, behind all segments.
 
-    Pictures are normalised pixels, or the tower's features of them, in order
-    of appearance in their row.
+    Images are normalised floats, in order of appearance in their row; with
+    `features`, what the tower made of them, its parameters are not needed.
     `keep_inputs` is for comparisons: see `Decoder`.
     """
     mask = None
     if num_segments > 1:
       mask = attention.causal_segment_mask(segment_ids)
     segments = segment_members(segment_ids, num_segments)
-    x = self.embed(input_ids, pictures)
+    x = self.embed(input_ids, pixel_values, features)
     output = self.decoder(
       x,
       positions,

@@ -35,9 +35,7 @@ def make_loader(
 ) -> pipeline.Loader:
   """The batches of a stage, for this process.
 
-  With `stores`, one for each line of the mixture, they hold features instead
-  of pixels.
-
+  With `stores`, one a line of the mixture, they hold features, not pixels.
   `report` is called with the name of a data set, how many of its records were
   measured, and of how many. Raises ValueError where the data do not fit the
   config.

@@ -15,7 +15,15 @@ from mole_jax.models import llava
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, feed, metrics, optim, state, step
+from mole_jax.training import (
+  checkpoint,
+  features,
+  feed,
+  metrics,
+  optim,
+  state,
+  step,
+)
 
 # Positions whose logits exist at one time, in each row of a batch.
 CHUNK_TOKENS = 512
@@ -84,10 +92,16 @@ class Stage:
     trainable, frozen = state.split(shapes, self.settings["trainable"])
     base_dtype = config["base"]["dtype"]
     self.trainable_shapes = trainable
-    self.frozen_shapes = {
-      key: jax.ShapeDtypeStruct(leaf.shape, base_dtype)
-      for key, leaf in frozen.items()
-    }
+    self.uses_features = features.are_used(
+      config["data"]["features"], trainable
+    )
+    # The frozen tower of a step that reads features is no part of it.
+    self.tower_shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    self.frozen_shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for key, leaf in frozen.items():
+      is_apart = self.uses_features and features.is_of_tower(key)
+      shapes_of = self.tower_shapes if is_apart else self.frozen_shapes
+      shapes_of[key] = jax.ShapeDtypeStruct(leaf.shape, base_dtype)
     self.counts = state.count_parameters(shapes, self.settings["trainable"])
     self.optimizer, schedule = optim.make_optimizer(
       self.settings["optim"], list(trainable), self.settings["num_steps"]
@@ -123,12 +137,14 @@ class Stage:
   def lower(self) -> jax.stages.Lowered:
     """Lowers the step from shapes alone."""
     settings, shapes = self.settings, self.state_shapes()
+    stored = step.stored_shape(self.model_config)
     batch = step.batch_shapes(
       batch_size=settings["batch_size"],
       max_length=settings["max_length"],
       max_images=settings["max_images"],
       max_segments=settings["max_segments"],
       image_size=self.model_config.vision.image_size,
+      features=stored if self.uses_features else None,
     )
     return self.train_step.lower(
       shapes.trainable,
@@ -147,14 +163,8 @@ class Stage:
     initialised.
     """
     base = base or {}
+    self._check_frozen(base)
     new = [name for name in self.trainable_shapes if name not in base]
-    missing = [name for name in self.frozen_shapes if name not in base]
-    if missing:
-      raise ValueError(
-        f"stage {self.name!r} freezes parameters that no base provides: "
-        f"{missing[:5]}; add them to stages.{self.name}.trainable or name a "
-        "base in config.base.path."
-      )
     key = jax.random.key(seed)
     initialise = jax.jit(
       lambda key: state.initialise(self.model_config, key, new),
@@ -179,6 +189,30 @@ class Stage:
       self.optimizer.init, out_shardings=self.shardings["opt_state"]
     )(trainable)
     return state.TrainState(trainable, opt_state), frozen
+
+  def frozen_tower(
+    self, config: Mapping[str, Any], base: state.Flat | None
+  ) -> features.FrozenTower | None:
+    """What makes the features that this stage reads; None: it reads pixels."""
+    if not self.uses_features:
+      return None
+    base = base or {}
+    self._check_frozen(base)
+    tower = {
+      name: base[name].astype(leaf.dtype)
+      for name, leaf in self.tower_shapes.items()
+    }
+    return features.FrozenTower(config, self.model_config, tower, self.mesh)
+
+  def _check_frozen(self, base: state.Flat) -> None:
+    frozen = [*self.tower_shapes, *self.frozen_shapes]
+    missing = [name for name in frozen if name not in base]
+    if missing:
+      raise ValueError(
+        f"stage {self.name!r} freezes parameters that no base provides: "
+        f"{missing[:5]}; add them to stages.{self.name}.trainable or name a "
+        "base in config.base.path."
+      )
 
 
 def _check_cuts(config: llava.LlavaConfig, mesh: jax.sharding.Mesh) -> None:
@@ -302,7 +336,8 @@ def run_stage(
         if is_saved:
           loader.check_failures(config["data"]["max_skipped"])
       batches.close()
-  return {**frozen, **trainable}
+  tower = {name: base[name] for name in stage.tower_shapes} if base else {}
+  return {**tower, **frozen, **trainable}
 
 
 def _to_devices(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from mole_jax.models import llava
 from mole_jax.parallel import activations, sharding
@@ -29,6 +29,22 @@ def normalise(
   return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 
+def stored_shape(config: llava.LlavaConfig) -> jax.ShapeDtypeStruct:
+  """Of one image's cached features; bfloat16 travels as its bits."""
+  shape = (config.vision.num_patches, config.vision.hidden_size)
+  bits = jnp.uint16 if config.dtype == "bfloat16" else jnp.float32
+  return jax.ShapeDtypeStruct(shape, bits)
+
+
+def restore(
+  stored: Shaped[Array, "B M P C"], dtype: str
+) -> Float[Array, "B M P C"]:
+  """Cached features as the tower made them, see `stored_shape`."""
+  if dtype == "bfloat16":
+    return jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+  return stored
+
+
 def make_train_step(
   config: llava.LlavaConfig,
   optimizer: optax.GradientTransformation,
@@ -47,25 +63,26 @@ def make_train_step(
 
   It returns the new trainable parameters, the new optimizer state and metrics.
   Where the loss or the gradient is not finite both are returned unchanged and
-  `is_finite` is False.
+  `is_finite` is False. A batch holds "images", or "features" of them.
   """
   model = llava.Llava(config)
 
   def loss_fn(trainable, frozen, batch, step):
     params = {"params": state.unflatten({**frozen, **trainable})}
-    # Features of a frozen tower may come in place of pixels.
+    pixels = features = None
     if "features" in batch:
-      pictures = batch["features"]
+      features = restore(batch["features"], config.dtype)
     else:
-      pictures = normalise(batch["images"], image_mean, image_std, config.dtype)
+      pixels = normalise(batch["images"], image_mean, image_std, config.dtype)
     output = model.apply(
       params,
       batch["input_ids"],
-      pictures,
+      pixels,
       batch["positions"],
       batch["segment_ids"],
       num_segments,
       is_training=True,
+      features=features,
       rngs={"dropout": jax.random.fold_in(jax.random.key(seed), step)},
     )
     domains = losses.token_domains(batch["segment_ids"], batch["domains"])
@@ -175,15 +192,24 @@ def batch_shapes(
   max_images: int,
   max_segments: int,
   image_size: int,
+  features: jax.ShapeDtypeStruct | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and types of what the data pipeline hands to a step."""
+  """Shapes and types of what the data pipeline hands to a step.
+
+  `features` are those of one image, if they take the place of pixels.
+  """
   tokens = jax.ShapeDtypeStruct((batch_size, max_length), jnp.int32)
-  images = (batch_size, max_images, image_size, image_size, 3)
+  slots = (batch_size, max_images)
+  if features is None:
+    shape, dtype = (image_size, image_size, 3), jnp.uint8
+  else:
+    shape, dtype = features.shape, features.dtype
+  pictures = jax.ShapeDtypeStruct((*slots, *shape), dtype)
   return {
     "input_ids": tokens,
     "labels": tokens,
     "positions": tokens,
     "segment_ids": tokens,
-    "images": jax.ShapeDtypeStruct(images, jnp.uint8),
+    "images" if features is None else "features": pictures,
     "domains": jax.ShapeDtypeStruct((batch_size, max_segments), jnp.int32),
   }

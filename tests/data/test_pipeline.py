@@ -261,9 +261,9 @@ def test_each_image_is_decoded_once(make_datasets, monkeypatch):
 
 def test_the_cache_of_images_is_bounded(make_datasets, monkeypatch):
   image_bytes = 8 * 8 * 3
-  monkeypatch.setattr("mole_jax.data.assembly.CACHE_BYTES", 5 * image_bytes)
+  monkeypatch.setattr("mole_jax.data.ready.CACHE_BYTES", 5 * image_bytes)
   loader = in_memory.loader_of(make_datasets())
-  cache = loader._assembler._cache
+  cache = loader._assembler.samples._cache
   for step in range(12):
     loader.batch(step)
     held = sum(value.nbytes for value in cache._entries.values())

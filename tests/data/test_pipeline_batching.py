@@ -81,6 +81,21 @@ def test_a_modality_batch_is_as_long_as_it_must_be(make_datasets):
   assert max(lengths) <= in_memory.ROW_LENGTH
 
 
+@pytest.mark.parametrize(("most", "slots"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_a_modality_batch_has_about_as_many_image_slots_as_it_must(
+  make_datasets, most, slots
+):
+  datasets = make_datasets()
+  loader = in_memory.loader_of(datasets, batching="modality", max_images=3)
+  datasets[0].image_counts = np.full(40, most, np.int32)
+  rows = [[(0, 1)], [(0, 2)]]
+  assert loader._assembler.row_images(rows) == slots
+  packed = in_memory.loader_of(datasets, max_images=3)
+  assert packed._assembler.row_images(rows) == 3
+  loader = in_memory.loader_of(make_datasets(), batching="modality")
+  assert loader.batch(0)["images"].shape[1] == 1
+
+
 def test_a_modality_batch_is_with_images_or_without(make_datasets):
   datasets = make_datasets()
   loader = in_memory.loader_of(datasets, batching="modality", num_steps=100)

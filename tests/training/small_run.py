@@ -98,16 +98,16 @@ def make_records(domain, count=12):
   return records
 
 
-def make_loader(config, stage_name, text, bad=()):
+def make_loader(config, stage_name, text, bad=(), stores=None):
   """The batches of a stage over the squares; pictures of `bad` are broken.
 
-  `bad` are ids of records, such as "general3".
+  `bad` are ids of records, such as "general3"; `stores` hold features.
   """
   stage = config["stages"][stage_name]
   sources = stage["mixture"].values()
   datasets = [
     in_memory.make_dataset(
-      _break(make_records(source["name"].split("/")[1]), bad),
+      break_images(make_records(source["name"].split("/")[1]), bad),
       encoding.Encoder(
         text,
         source["format"],
@@ -134,10 +134,11 @@ def make_loader(config, stage_name, text, bad=()):
     max_segments=stage["max_segments"],
     preparation=images.Preparation(8),
     pad_id=text.pad_id,
+    stores=stores,
   )
 
 
-def _break(records, bad):
+def break_images(records, bad):
   for record in records:
     if record["id"] in bad:
       record["images"] = [data[:40] for data in record["images"]]
@@ -167,7 +168,9 @@ def train(config, name, run, text, base=None, reference=None, **kwargs):
   params = loop.run_stage(
     config,
     make_stage(config, name, num_devices),
-    make_loader(config, name, text, kwargs.pop("bad", ())),
+    make_loader(
+      config, name, text, kwargs.pop("bad", ()), kwargs.pop("stores", None)
+    ),
     run,
     base,
     reference,

@@ -33,7 +33,8 @@ def test_pictures_are_prepared_as_the_config_says(text, monkeypatch):
   monkeypatch.setattr(
     feed.mixture, "load_mixture", lambda *args, **kwargs: datasets
   )
-  found = feed.make_loader(config, "mole", text, 6)._assembler.preparation
+  loader = feed.make_loader(config, "mole", text, 6)
+  found = loader._assembler.samples.preparation
   assert found == images.Preparation(8, (127, 63, 191), "bilinear")
 
 
