@@ -302,7 +302,7 @@ def run_stage(
         asked = time.perf_counter()
         host_batch = next(batches)
         window.add_wait(time.perf_counter() - asked)
-        batch = _to_devices(host_batch, stage.shardings["batch"])
+        batch = to_devices(host_batch, stage.shardings["batch"])
         trainable, opt_state, values = stage.train_step(
           trainable, frozen, opt_state, batch, np.int32(number - 1)
         )
@@ -340,7 +340,7 @@ def run_stage(
   return {**tower, **frozen, **trainable}
 
 
-def _to_devices(
+def to_devices(
   batch: pipeline.Batch, rows: jax.sharding.NamedSharding
 ) -> dict[str, jax.Array]:
   """This host's rows as part of the global batch."""

@@ -1,0 +1,134 @@
+"""Random weights and batches of a stage's shapes, for timings without data.
+
+Weights are made on the devices, in the type and sharding in which they stay,
+one layer of a stacked parameter at a time: a 7B base in bf16 needs no more
+memory than itself. They are random, since zeros run faster than weights do.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from mole_jax.training import loop, losses, state
+
+_LAYERS = ("decoder/layers/", "vision/layers/")
+# What ends a residual branch starts small, as in the model.
+_BRANCH_ENDS = ("o_proj", "down_proj", "out_proj", "fc2")
+
+
+def parameters(
+  stage: loop.Stage, seed: int = 0
+) -> tuple[state.TrainState, state.Flat]:
+  """Trainable state and frozen parameters, as `Stage.start` returns them."""
+  shapes = {**stage.trainable_shapes, **stage.frozen_shapes}
+  places = {**stage.shardings["trainable"], **stage.shardings["frozen"]}
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  flat = {}
+  for key, name in zip(keys, sorted(shapes), strict=True):
+    leaf = shapes[name]
+    make = _maker(
+      places[name],
+      scale(name, leaf.shape),
+      _constant(name),
+      name.startswith(_LAYERS),
+    )
+    flat[name] = make(key, leaf.shape, jnp.dtype(leaf.dtype))
+  trainable = {name: flat[name] for name in stage.trainable_shapes}
+  frozen = {name: flat[name] for name in stage.frozen_shapes}
+  place = stage.shardings["opt_state"]
+  opt_state = jax.jit(stage.optimizer.init, out_shardings=place)(trainable)
+  return state.TrainState(trainable, opt_state), frozen
+
+
+def _constant(name: str) -> float | None:
+  """Value of a parameter that starts as a constant, None of another."""
+  return {"scale": 1.0, "bias": 0.0}.get(name.rsplit("/", 1)[-1])
+
+
+def scale(name: str, shape: tuple[int, ...]) -> float:
+  """Standard deviation that keeps activations of about size one.
+
+  LoRA's B is small instead of zero, so that every product has work to do.
+  """
+  if len(shape) < 2 or name.endswith("embedding") or "embed_tokens" in name:
+    return 0.02
+  width = 1 / math.sqrt(shape[-2])
+  if name.endswith("lora_b"):
+    return 0.1 * width
+  if any(f"/{end}/" in name for end in _BRANCH_ENDS):
+    return width * math.sqrt(0.5 / shape[0])
+  return width
+
+
+@functools.lru_cache(maxsize=64)
+def _maker(place, std, constant, is_stacked):
+  """Parameters of equal shape and place share a compiled program."""
+
+  def make(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    if constant is not None:
+      return jnp.full(shape, constant, dtype)
+    draw = lambda key, shape: (
+      std * jax.random.normal(key, shape, jnp.float32)
+    ).astype(dtype)
+    if not is_stacked or len(shape) < 3:
+      return draw(key, shape)
+    keys = jax.random.split(key, shape[0])
+    return jax.lax.map(lambda key: draw(key, shape[1:]), keys)
+
+  return jax.jit(make, static_argnums=(1, 2), out_shardings=place)
+
+
+def batch(stage: loop.Stage, seed: int = 0) -> dict[str, np.ndarray]:
+  """A batch of full rows: every image slot used, random tokens and pixels.
+
+  Rows are cut into as many segments as images are dealt to, one at least.
+  Raises ValueError where the images leave no room for text.
+  """
+  settings, model = stage.settings, stage.model_config
+  rows, length = settings["batch_size"], settings["max_length"]
+  images = settings["max_images"]
+  segments = max(1, min(images, settings["max_segments"]))
+  size, taken = length // segments, model.num_image_tokens
+  needed = -(-images // segments) * taken + 2
+  if needed > size and images * taken + 2 <= length:
+    segments, size, needed = 1, length, images * taken + 2
+  if needed > size:
+    raise ValueError(
+      f"config.stages.{stage.name}.max_length={length} holds no "
+      f"{images} images of {taken} tokens and text beside them; set max_length "
+      f"to {images * taken + 2} or more, or max_images to "
+      f"{(length - 2) // taken}."
+    )
+  random = np.random.default_rng(seed)
+  vocab_size = model.decoder.vocab_size
+  ids = random.integers(4, vocab_size, (rows, length), dtype=np.int32)
+  ids[ids == model.image_token_id] = 4 if model.image_token_id != 4 else 5
+  segment_ids = np.minimum(np.arange(length) // size, segments - 1) + 1
+  positions = np.arange(length) - (segment_ids - 1) * size
+  is_image = np.zeros(length, bool)
+  for image in range(images):
+    start = (image % segments) * size + 1 + (image // segments) * taken
+    is_image[start : start + taken] = True
+  ids[:, is_image] = model.image_token_id
+  side = model.vision.image_size
+  pixels = (rows, images, side, side, 3)
+  tile = lambda row: np.tile(row.astype(np.int32), (rows, 1))
+  return {
+    "input_ids": ids,
+    "labels": np.where(is_image[None], losses.IGNORED, ids).astype(np.int32),
+    "positions": tile(positions),
+    "segment_ids": tile(segment_ids),
+    "images": random.integers(0, 256, pixels, dtype=np.uint8),
+    "domains": np.zeros((rows, settings["max_segments"]), np.int32),
+  }
+
+
+def num_samples(batch: Mapping[str, np.ndarray]) -> int:
+  """Samples in a batch: the segments of its rows."""
+  return int(batch["segment_ids"].max(1).sum())
