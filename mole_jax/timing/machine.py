@@ -48,7 +48,7 @@ def describe() -> dict[str, Any]:
   devices = jax.devices()
   stats = devices[0].memory_stats() or {}
   return {
-    "cpu": _cpu_name(),
+    "cpu": cpu_name(),
     "num_cores": num_cores(),
     "memory_gib": round(_memory_bytes() / GIB, 1),
     "platform": devices[0].platform,
@@ -130,7 +130,8 @@ def _memory_bytes() -> int:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+  """What the processor calls itself."""
   info = pathlib.Path("/proc/cpuinfo")
   if info.exists():
     for line in info.read_text().splitlines():

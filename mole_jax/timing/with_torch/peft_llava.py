@@ -1,0 +1,282 @@
+"""The step that a user would take instead: Transformers, PEFT and AdamW.
+
+A LLaVA of the same shapes with random weights on the same batch: frozen tower
+and Llama, projector trained, LoRA on every linear map of the decoder. With
+more than one expert, the MLPs get a top-1 mixture of LoRA experts dispatched by
+an index loop, as published PyTorch mixtures do it (PEFT has none).
+
+Run by `bench compare`; answers through timing/protocol.py.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pathlib
+import resource
+import time
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from mole_jax.timing import protocol
+
+GIB = 2**30
+CHECKPOINTING = ("auto", "off", "on")
+
+
+class MoleMlp(nn.Module):
+  """A frozen SwiGLU MLP with a router and top-1 LoRA experts."""
+
+  def __init__(self, mlp: nn.Module, num_experts: int, rank: int, alpha: float):
+    super().__init__()
+    self.base, self.scale = mlp, alpha / rank
+    where = dict(device=mlp.gate_proj.weight.device, dtype=torch.float32)
+    width = mlp.gate_proj.in_features
+    self.router = nn.Linear(width, num_experts, **where)
+    self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+      linear = getattr(mlp, name)
+      bound = 1 / math.sqrt(linear.in_features)
+      a = torch.empty(num_experts, linear.in_features, rank, **where)
+      b = torch.zeros(num_experts, rank, linear.out_features, **where)
+      self.a[name] = nn.Parameter(a.uniform_(-bound, bound))
+      self.b[name] = nn.Parameter(b)
+
+  def _linear(self, name: str, x: torch.Tensor, rows: list) -> torch.Tensor:
+    y = getattr(self.base, name)(x)
+    delta = torch.zeros_like(y)
+    for expert, row in enumerate(rows):
+      z = x[row] @ self.a[name][expert].to(x.dtype)
+      z = self.scale * z @ self.b[name][expert].to(x.dtype)
+      delta[row] = z.to(delta.dtype)
+    return y + delta
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    self.probs = self.router(x.to(self.router.weight.dtype)).softmax(-1)
+    chosen = self.probs.argmax(-1)
+    rows = [torch.where(chosen == e) for e in range(self.probs.shape[-1])]
+    gate = self.base.act_fn(self._linear("gate_proj", x, rows))
+    hidden = gate * self._linear("up_proj", x, rows)
+    return self._linear("down_proj", hidden, rows)
+
+
+class Peer:
+  """The model, its optimizer and its batch."""
+
+  def __init__(self, spec: dict[str, Any], adapters: str, device: str):
+    torch.manual_seed(0)
+    self.spec, self.device = spec, torch.device(device)
+    self.is_half = spec["dtype"] == "bfloat16"
+    self.model = _make_model(spec, self.device)
+    num_experts = spec["mole"]["num_experts"]
+    linears = "q_proj|k_proj|v_proj|o_proj"
+    if num_experts == 1:
+      linears += "|gate_proj|up_proj|down_proj"
+    lora = peft.LoraConfig(
+      r=spec["lora"]["rank"],
+      lora_alpha=spec["lora"]["alpha"],
+      lora_dropout=spec["lora"]["dropout"],
+      target_modules=rf".*language_model.*\.({linears})",
+      modules_to_save=["multi_modal_projector"],
+    )
+    self.model = peft.get_peft_model(
+      self.model, lora, autocast_adapter_dtype=adapters == "float32"
+    )
+    self.mixtures = []
+    if num_experts > 1:
+      decoder = self.model.base_model.model.model.language_model
+      mole = spec["mole"]
+      for layer in decoder.layers:
+        layer.mlp = MoleMlp(layer.mlp, num_experts, mole["rank"], mole["alpha"])
+        self.mixtures.append(layer.mlp)
+    if adapters == "bfloat16":
+      self.model.to(torch.bfloat16)
+    # float32 adapters in a half-precision model: as Trainer's bf16=True.
+    self.uses_autocast = self.is_half and adapters == "float32"
+    self.trained = [p for p in self.model.parameters() if p.requires_grad]
+    optim = spec["optim"]
+    self.optimizer = torch.optim.AdamW(
+      self.trained,
+      lr=optim["lr"],
+      betas=(optim["b1"], optim["b2"]),
+      eps=optim["eps"],
+      weight_decay=optim["weight_decay"],
+      fused=self.device.type == "cuda",
+    )
+    self.model.train()
+    self.batch = _make_batch(spec, self.device)
+
+  def checkpoint(self) -> None:
+    """Turns on gradient checkpointing."""
+    self.model.gradient_checkpointing_enable(
+      gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+
+  def step(self) -> float:
+    """One step; returns the loss, when all work is done."""
+    context = contextlib.nullcontext()
+    if self.uses_autocast:
+      context = torch.autocast(self.device.type, torch.bfloat16)
+    with context:
+      loss = self.model(**self.batch).loss
+      total = loss
+      for mixture in self.mixtures:
+        probs = mixture.probs.flatten(0, 1)
+        chosen = nn.functional.one_hot(probs.argmax(-1), probs.shape[-1])
+        balance = (probs.mean(0) * chosen.float().mean(0)).sum()
+        total = total + self.spec["balance_weight"] * balance / len(
+          self.mixtures
+        )
+    total.backward()
+    clip_norm = self.spec["optim"]["clip_norm"]
+    nn.utils.clip_grad_norm_(self.trained, clip_norm)
+    self.optimizer.step()
+    self.optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())  # Waits for the device.
+
+
+def _make_model(spec: dict[str, Any], device: torch.device) -> nn.Module:
+  """Made on the device, in the type in which it stays."""
+  vision, decoder = spec["vision"], spec["decoder"]
+  shared = ("hidden_size", "intermediate_size")
+  tower = transformers.CLIPVisionConfig(
+    **{key: vision[key] for key in shared},
+    num_hidden_layers=vision["num_layers"],
+    num_attention_heads=vision["num_heads"],
+    image_size=vision["image_size"],
+    patch_size=vision["patch_size"],
+    hidden_act=vision["hidden_act"],
+  )
+  text = transformers.LlamaConfig(
+    **{key: decoder[key] for key in shared},
+    num_hidden_layers=decoder["num_layers"],
+    num_attention_heads=decoder["num_heads"],
+    num_key_value_heads=decoder["num_kv_heads"],
+    head_dim=decoder["head_dim"],
+    vocab_size=decoder["vocab_size"],
+    rms_norm_eps=decoder["rms_norm_eps"],
+    max_position_embeddings=decoder["max_position_embeddings"],
+    tie_word_embeddings=decoder["tie_word_embeddings"],
+    use_cache=False,
+  )
+  config = transformers.LlavaConfig(
+    vision_config=tower,
+    text_config=text,
+    image_token_index=spec["image_token_id"],
+    image_token_id=spec["image_token_id"],
+    vision_feature_layer=vision["feature_layer"],
+    vision_feature_select_strategy="default",
+    image_seq_length=_num_patches(spec),
+  )
+  dtype = getattr(torch, spec["dtype"])
+  with device:
+    return transformers.AutoModelForImageTextToText.from_config(
+      config, dtype=dtype, attn_implementation="sdpa"
+    )
+
+
+def _num_patches(spec: dict[str, Any]) -> int:
+  vision = spec["vision"]
+  return (vision["image_size"] // vision["patch_size"]) ** 2
+
+
+def _make_batch(
+  spec: dict[str, Any], device: torch.device
+) -> dict[str, torch.Tensor]:
+  """Full rows of random tokens, images at their start."""
+  rows, length = spec["batch_size"], spec["max_length"]
+  taken = spec["max_images"] * _num_patches(spec)
+  image, side = spec["image_token_id"], spec["vision"]["image_size"]
+  ids = torch.randint(4, spec["decoder"]["vocab_size"], (rows, length))
+  ids[ids == image] = 4 if image != 4 else 5
+  ids[:, 1 : 1 + taken] = image
+  labels = ids.clone()
+  labels[ids == image] = -100
+  batch = {
+    "input_ids": ids,
+    "labels": labels,
+    "attention_mask": torch.ones_like(ids),
+  }
+  if taken:
+    pixels = torch.randn(rows * spec["max_images"], 3, side, side)
+    batch["pixel_values"] = pixels.to(getattr(torch, spec["dtype"]))
+  return {key: value.to(device) for key, value in batch.items()}
+
+
+def warm_up(peer: Peer, checkpointing: str, num_steps: int) -> str:
+  """First steps; says whether checkpointing is on.
+
+  "auto" turns it on where the device's memory does not suffice without.
+  """
+  if checkpointing == "on":
+    peer.checkpoint()
+  try:
+    for _ in range(num_steps):
+      peer.step()
+    return "on" if checkpointing == "on" else "off"
+  except torch.OutOfMemoryError:
+    if checkpointing != "auto":
+      raise
+  # Out of the handler, whose traceback would hold the tensors.
+  peer.optimizer.zero_grad(set_to_none=True)
+  torch.cuda.empty_cache()
+  torch.cuda.reset_peak_memory_stats()
+  return warm_up(peer, "on", num_steps)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--spec", type=pathlib.Path, required=True)
+  parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="auto")
+  parser.add_argument("--adapters", default="float32")
+  parser.add_argument("--warmup", type=int, default=3)
+  args = parser.parse_args()
+  if hasattr(os, "sched_getaffinity"):
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  began = time.perf_counter()
+  peer = Peer(json.loads(args.spec.read_text()), args.adapters, device)
+  checkpointing = warm_up(peer, args.checkpointing, args.warmup)
+  count = lambda params: sum(p.numel() for p in params)
+  about = {
+    "program": "transformers + peft",
+    "checkpointing": checkpointing,
+    "adapters": args.adapters,
+    "attention": "sdpa",
+    "threads": torch.get_num_threads(),
+    "device_kind": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
+    "trainable_parameters": count(peer.trained),
+    "parameters": count(peer.model.parameters()),
+    "ready_seconds": time.perf_counter() - began,
+    "versions": {
+      "torch": torch.__version__,
+      "transformers": transformers.__version__,
+      "peft": peft.__version__,
+    },
+  }
+
+  def steps(number: int) -> dict[str, list[float]]:
+    seconds, losses = [], []
+    for _ in range(number):
+      began = time.perf_counter()
+      losses.append(peer.step())
+      seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds, "losses": losses}
+
+  def last() -> dict[str, Any]:
+    if device == "cuda":
+      peak = torch.cuda.max_memory_allocated()
+      return {"memory": {"peak_gib": peak / GIB, "of": "device"}}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"memory": {"peak_gib": peak / GIB, "of": "process"}}
+
+  protocol.serve(about, steps, last)
+
+
+if __name__ == "__main__":
+  main()
