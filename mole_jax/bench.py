@@ -28,6 +28,7 @@ from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.timing import (
   compare,
   machine,
+  profile,
   protocol,
   real,
   steps,
@@ -81,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
   step = add("step", _step, help="a config's train step")
   step.add_argument("--steps", type=_positive, default=20)
   step.add_argument("--data", choices=("synthetic", "both"), default="both")
+  step.add_argument(
+    "--profile", action="store_true", help="also sum up a trace by name"
+  )
+  step.add_argument(
+    "--skip-warm", action="store_true", help="compile once, from nothing"
+  )
   compared = add("compare", _compare, help="beside Transformers and PEFT")
   compared.add_argument("--rounds", type=_positive, default=5)
   compared.add_argument(
@@ -125,13 +132,13 @@ def _step(
   stage = _make_stage(config, args.stage)
   found = _about(config, stage)
   _print_about(found, console)
-  compiled = steps.compile_step(stage)
+  kinds = steps.COMPILATIONS[: 1 if args.skip_warm else 2]
+  compiled = steps.compile_step(stage, kinds)
   found["compile_seconds"] = compiled.seconds
   found["predicted_memory"] = compiled.memory
   console.print(
-    "compiled in {cold:.1f} s, {warm:.1f} s from the cache".format(
-      **compiled.seconds
-    )
+    "compiled in "
+    + ", ".join(f"{s:.1f} s {kind}" for kind, s in compiled.seconds.items())
   )
   if compiled.memory:
     console.print(
@@ -152,6 +159,9 @@ def _step(
   console.print(
     "peak memory of the {of}: {peak_gib} GiB".format(**found["memory"])
   )
+  if args.profile:
+    found["profile"] = profile.profile(run, compiled.step)
+    _print_profile(found["profile"], console)
   if args.data == "both":
     found["real"] = real.time_steps(
       config, stage, compiled.step, run.weights(), args.steps
@@ -249,6 +259,17 @@ def _worker(
 def _make_stage(config: dict[str, Any], name: str | None) -> loop.Stage:
   name = _stage_name(config, name)
   return loop.Stage(config, name, mesh_lib.make_mesh(config["mesh"]))
+
+
+def _print_profile(
+  found: dict[str, Any], console: rich.console.Console
+) -> None:
+  total = found["busy_seconds"]
+  console.print(f"[bold]profile[/]: busy for {total:.4f} s a step")
+  for place, seconds in list(found["by_place"].items())[:25]:
+    console.print(
+      f"  {seconds:.4f} s {seconds / total:6.1%}  {place}", markup=False
+    )
 
 
 def _stage_name(config: dict[str, Any], name: str | None) -> str:

@@ -18,6 +18,7 @@ from mole_jax.training import flops, loop, metrics, state
 # only after the first ones.
 NUM_WARMUP = 3
 NUM_SYNTHETIC_BATCHES = 4
+COMPILATIONS = ("cold", "warm")
 
 
 class Compiled(NamedTuple):
@@ -49,14 +50,16 @@ def empty_cache() -> Iterator[None]:
       compilation_cache.reset_cache()
 
 
-def compile_step(stage: loop.Stage) -> Compiled:
+def compile_step(
+  stage: loop.Stage, kinds: Sequence[str] = COMPILATIONS
+) -> Compiled:
   """Compiles with nothing cached, then as a second start of the same would.
 
-  Seconds are those of tracing, lowering and compiling together.
+  Seconds are those of tracing, lowering and compiling together, by `kinds`.
   """
   seconds = {}
   with empty_cache():
-    for kind in ("cold", "warm"):
+    for kind in kinds:
       jax.clear_caches()
       began = time.perf_counter()
       compiled = stage.lower().compile()

@@ -5,10 +5,8 @@ one layer of a stacked parameter at a time: a 7B base in bf16 needs no more
 memory than itself. They are random, since zeros run faster than weights do.
 """
 
-import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,24 +24,42 @@ def parameters(
   stage: loop.Stage, seed: int = 0
 ) -> tuple[state.TrainState, state.Flat]:
   """Trainable state and frozen parameters, as `Stage.start` returns them."""
-  shapes = {**stage.trainable_shapes, **stage.frozen_shapes}
-  places = {**stage.shardings["trainable"], **stage.shardings["frozen"]}
-  keys = jax.random.split(jax.random.key(seed), len(shapes))
-  flat = {}
-  for key, name in zip(keys, sorted(shapes), strict=True):
-    leaf = shapes[name]
-    make = _maker(
-      places[name],
-      scale(name, leaf.shape),
-      _constant(name),
-      name.startswith(_LAYERS),
-    )
-    flat[name] = make(key, leaf.shape, jnp.dtype(leaf.dtype))
+  flat = maker(stage)(jax.random.key(seed))
   trainable = {name: flat[name] for name in stage.trainable_shapes}
   frozen = {name: flat[name] for name in stage.frozen_shapes}
   place = stage.shardings["opt_state"]
   opt_state = jax.jit(stage.optimizer.init, out_shardings=place)(trainable)
   return state.TrainState(trainable, opt_state), frozen
+
+
+def maker(stage: loop.Stage) -> Callable[[Array], state.Flat]:
+  """The jitted function from a key to all parameters of a stage, flat."""
+  shapes = {**stage.trainable_shapes, **stage.frozen_shapes}
+  places = {**stage.shardings["trainable"], **stage.shardings["frozen"]}
+
+  def make(key):
+    keys = jax.random.split(key, len(shapes))
+    return {
+      name: _draw(key, name, shapes[name])
+      for key, name in zip(keys, sorted(shapes), strict=True)
+    }
+
+  return jax.jit(make, out_shardings=places)
+
+
+def _draw(key: Array, name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+  constant = _constant(name)
+  if constant is not None:
+    return jnp.full(leaf.shape, constant, leaf.dtype)
+  std = scale(name, leaf.shape)
+
+  def draw(key, shape):
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(leaf.dtype)
+
+  if not name.startswith(_LAYERS):
+    return draw(key, leaf.shape)
+  keys = jax.random.split(key, leaf.shape[0])
+  return jax.lax.map(lambda key: draw(key, leaf.shape[1:]), keys)
 
 
 def _constant(name: str) -> float | None:
@@ -64,24 +80,6 @@ def scale(name: str, shape: tuple[int, ...]) -> float:
   if any(f"/{end}/" in name for end in _BRANCH_ENDS):
     return width * math.sqrt(0.5 / shape[0])
   return width
-
-
-@functools.lru_cache(maxsize=64)
-def _maker(place, std, constant, is_stacked):
-  """Parameters of equal shape and place share a compiled program."""
-
-  def make(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    if constant is not None:
-      return jnp.full(shape, constant, dtype)
-    draw = lambda key, shape: (
-      std * jax.random.normal(key, shape, jnp.float32)
-    ).astype(dtype)
-    if not is_stacked or len(shape) < 3:
-      return draw(key, shape)
-    keys = jax.random.split(key, shape[0])
-    return jax.lax.map(lambda key: draw(key, shape[1:]), keys)
-
-  return jax.jit(make, static_argnums=(1, 2), out_shardings=place)
 
 
 def batch(stage: loop.Stage, seed: int = 0) -> dict[str, np.ndarray]:
