@@ -115,11 +115,13 @@ def test_gradients_and_choices_are_those_of_one_device(dispatch):
     errors = {name: grad - expected[2][name] for name, grad in grads.items()}
     # Rounding alone: sums in another order. Measured on 2 devices 2.8e-7, on
     # 8 by fsdp 7e-7, with tensor beside it 1.1e-6. Of a single parameter whose
-    # gradient is what cancels (k_proj, behind a softmax) fewer digits are left.
-    assert norm(errors) < 3e-6 * norm(expected[2])
+    # gradient is what cancels (k_proj, behind a softmax) fewer digits are
+    # left, and of one whose gradient is zero on paper (k_proj's bias) none.
+    total = norm(expected[2])
+    assert norm(errors) < 3e-6 * total
     for name, error in errors.items():
       own = np.linalg.norm(expected[2][name])
-      assert np.linalg.norm(error) < 1e-5 * own, name
+      assert np.linalg.norm(error) < 1e-5 * own + 1e-8 * total, name
 
 
 def test_parameters_and_their_moments_are_cut_alike():
