@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mole_jax.models import lora, moving
-from mole_jax.parallel import activations
+from mole_jax.models import grouped, lora
+from mole_jax.parallel import activations, permutation
 
 GATES = ("none", "prob", "straight_through")
 DISPATCHES = ("auto", "loop", "masked", "gather")
@@ -177,16 +177,16 @@ def gather_experts(
   lora_a: Float[Array, "E D R"],
   lora_b: Float[Array, "E R F"],
   weights: Float[Array, "N E"],
-  plan: moving.Plan,
+  plan: permutation.Plan,
 ) -> Float[Array, "N F"]:
   """Rows sorted by expert into blocks, one low-rank product a block.
 
   Drops nothing: the last block of each expert is padded with zero rows.
   """
-  rows = moving.dispatch(x, plan)
-  outputs = moving.grouped_low_rank(rows, lora_a, lora_b, plan)
+  rows = permutation.dispatch(x, plan)
+  outputs = grouped.grouped_low_rank(rows, lora_a, lora_b, plan)
   chosen_weights = jnp.take_along_axis(weights, plan.chosen, axis=1)
-  return moving.combine(outputs, chosen_weights, plan)
+  return permutation.combine(outputs, chosen_weights, plan)
 
 
 def balance_loss_pooled(
@@ -266,7 +266,7 @@ class ExpertsLinear(nn.Module):
     self,
     x: Float[Array, "B T D"],
     weights: Float[Array, "B T E"] | None,
-    plan: moving.Plan | None,
+    plan: permutation.Plan | None,
     dispatch: str,
     is_training: bool,
   ) -> Float[Array, "B T F"]:
@@ -340,7 +340,7 @@ class MoleMlp(nn.Module):
         )
       if dispatch == "gather":
         chosen = routing.chosen.reshape(num_rows, c.top_k)
-        plan = moving.make_plan(chosen, c.num_experts, c.block_rows)
+        plan = permutation.make_plan(chosen, c.num_experts, c.block_rows)
 
     def linear(features, name, x, init_scale=1.0):
       module = ExpertsLinear(features, c, init_scale, name=name)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mole_jax.models import lora, mole, moving
+from mole_jax.models import lora, mole
+from mole_jax.parallel import permutation
 
 ROWS, WIDTH, FEATURES, RANK = 37, 12, 10, 3
 ALPHA = 6.0
@@ -44,7 +45,7 @@ def run(dispatch, x, lora_a, lora_b, weights, routing, block_rows=4):
     return mole.loop_experts(x, lora_a, lora_b, weights)
   if dispatch == "masked":
     return mole.masked_experts(x, lora_a, lora_b, weights)
-  plan = moving.make_plan(routing.chosen, lora_a.shape[0], block_rows)
+  plan = permutation.make_plan(routing.chosen, lora_a.shape[0], block_rows)
   return mole.gather_experts(x, lora_a, lora_b, weights, plan)
 
 
@@ -112,18 +113,6 @@ def test_gather_drops_no_row_whatever_the_block(block_rows):
   y = run("gather", x, a, b, weights, routing, block_rows)
   expected = run("loop", x, a, b, weights, routing)
   assert_close(y, expected)
-
-
-def test_plan_puts_every_choice_into_a_block_of_its_expert():
-  *_, routing = make_inputs(4, 2, empty_expert=1)
-  plan = moving.make_plan(routing.chosen, 4, 8)
-  slots = np.asarray(plan.slot_of_choice)
-  assert len(np.unique(slots)) == slots.size
-  expert_of_slot = np.repeat(np.asarray(plan.expert_of_block), 8)
-  np.testing.assert_array_equal(expert_of_slot[slots], routing.chosen)
-  rows = np.asarray(plan.row_of_slot)[slots]
-  expected = np.broadcast_to(np.arange(ROWS)[:, None], slots.shape)
-  np.testing.assert_array_equal(rows, expected)
 
 
 def init_mlp(config, x, seed=2):
