@@ -14,6 +14,7 @@ ALLOWED = {
   "reporting": {"reporting"},
   "interop": {"interop", "training", "models", "data"},
   "training": {"training", "models", "parallel", "data"},
+  "timing": {"timing", "training", "models", "parallel", "data"},
   "inference": {"inference", "training", "models", "parallel", "data"},
   "models": {"models", "parallel"},
   "parallel": {"parallel"},
@@ -27,7 +28,10 @@ FORBIDDEN = {
 # Written beside exported weights, for PyTorch, and programs that run in a
 # process of their own. These may import it; the package imports none of them.
 EXPORTED = PACKAGE / "interop" / "torch_files"
-WITH_TORCH = PACKAGE / "interop" / "with_torch"
+WITH_TORCH = (
+  PACKAGE / "interop" / "with_torch",
+  PACKAGE / "timing" / "with_torch",
+)
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != EXPORTED)
 
 
@@ -51,9 +55,9 @@ def test_imports_point_downwards(path):
   for name in imported(path):
     top, *rest = name.split(".")
     assert top != "tensorflow", name
-    assert top != "torch" or path.parent == WITH_TORCH, name
-    for folder in (EXPORTED, WITH_TORCH):
-      package = f"mole_jax.interop.{folder.name}"
+    assert top != "torch" or path.parent in WITH_TORCH, name
+    for folder in (EXPORTED, *WITH_TORCH):
+      package = f"mole_jax.{'.'.join(folder.relative_to(PACKAGE).parts)}"
       assert not f"{name}.".startswith(f"{package}."), name
     if len(parts) > 1:
       assert top not in FORBIDDEN.get(parts[0], ()), name

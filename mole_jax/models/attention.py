@@ -5,8 +5,16 @@ Einsum axes: see lora.py.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask as splash_mask,
+)
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mole_jax.models import remat
 from mole_jax.parallel import activations
 
 
@@ -49,19 +57,24 @@ def attend(
   value: Float[Array, "B J K H"],
   mask: Bool[Array, "B T J"] | None,
   is_causal: bool = False,
+  segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Scaled dot-product attention, softmax in float32; N a multiple of K.
 
   `mask` is True where a query may look; None means everywhere, or with
-  `is_causal` everywhere that is not later.
+  `is_causal` everywhere that is not later. With `segment_ids` the mask is
+  `causal_segment_mask` of them, which some kernels rather have from them.
   """
+  kernel = choose_kernel(query, key, mask is not None, segment_ids is not None)
+  if kernel == "splash":
+    return splash(query, key, value, None if is_causal else segment_ids)
   return jax.nn.dot_product_attention(
     query,
     key,
     value,
     mask=None if mask is None else mask[:, None],
     is_causal=is_causal,
-    implementation=choose_kernel(query, key, mask is not None),
+    implementation=kernel,
   )
 
 
@@ -69,18 +82,75 @@ def choose_kernel(
   query: Float[Array, "B T N H"],
   key: Float[Array, "B J K H"],
   has_mask: bool,
+  has_segments: bool,
 ) -> str:
-  """ "cudnn" (flash attention) on a GPU for what it takes, else "xla".
+  """A flash attention where there is one for what it is asked, else "xla".
 
-  cuDNN takes 16-bit types, heads of at most 128 in multiples of 8 and, with a
-  mask, even lengths. Against a cache (J above T) queries are few.
+  "cudnn" (GPU) takes 16-bit types, heads of at most 128 in multiples of 8 and,
+  with a mask, even lengths. "splash" (TPU) takes segments, heads of 128 and
+  lengths in multiples of 128. Against a cache (J above T) queries are few.
   """
   tokens, head_dim = query.shape[1], query.shape[3]
-  fits = (
-    query.dtype in (jnp.bfloat16, jnp.float16)
-    and head_dim <= 128
-    and head_dim % 8 == 0
-    and key.shape[1] == tokens
-    and not (has_mask and tokens % 2)
-  )
-  return "cudnn" if fits and activations.platform() == "gpu" else "xla"
+  platform = activations.platform()
+  if key.shape[1] != tokens:
+    return "xla"
+  if platform == "gpu":
+    is_short = query.dtype in (jnp.bfloat16, jnp.float16)
+    fits = is_short and head_dim <= 128 and head_dim % 8 == 0
+    return "cudnn" if fits and not (has_mask and tokens % 2) else "xla"
+  if platform == "tpu" and has_segments:
+    fits = tokens % 128 == 0 and head_dim % 128 == 0
+    return "splash" if fits else "xla"
+  return "xla"
+
+
+def splash(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  segment_ids: Int[Array, "B T"] | None,
+  interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+  """Causal attention by the TPU kernel of `jax.experimental.pallas`.
+
+  Within segments, where there are any. Scores never leave the chip's fast
+  memory: at 4,096 tokens XLA's attention writes 2 GiB of them for each row of
+  32 heads, several times a layer.
+  """
+  heads = P(activations.ROWS, None, "tensor", None)
+
+  def local(query, key, value, segment_ids):
+    tokens, num_heads, head_dim = query.shape[1:]
+    mask = splash_mask.CausalMask((tokens, tokens))
+    block = next(n for n in (512, 256, 128) if tokens % n == 0)
+    wide = 2 * block if tokens % (2 * block) == 0 else block
+    kernel = splash_kernel.make_splash_mha(
+      splash_mask.MultiHeadMask([mask] * num_heads),
+      block_sizes=splash_kernel.BlockSizes(
+        block_q=block,
+        block_kv=wide,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=wide,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+      ),
+      head_shards=1,
+      q_seq_shards=1,
+      residual_checkpoint_name=remat.SPLASH,
+      interpret=interpret,
+    )
+
+    def of_row(query, key, value, segments):
+      ids = None
+      if segments is not None:
+        ids = splash_kernel.SegmentIds(segments, segments)
+      return kernel(query, key, value, segment_ids=ids)
+
+    query = query * jnp.asarray(head_dim**-0.5, query.dtype)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.vmap(of_row)(query, key, value, segment_ids).swapaxes(1, 2)
+
+  in_specs = (heads, heads, heads, P(activations.ROWS))
+  apply = activations.per_device(local, in_specs, heads, is_checked=False)
+  return apply(query, key, value, segment_ids)

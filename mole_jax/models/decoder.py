@@ -92,6 +92,7 @@ class _Shared(NamedTuple):
   cos: Float[Array, "B T 1 H2"]
   sin: Float[Array, "B T 1 H2"]
   mask: Bool[Array, "B T J"] | None
+  segment_ids: Int[Array, "B T"] | None
   segments: Bool[Array, "B T S"]
   router: tuple[Float[Array, "D E"], Float[Array, " E"]] | None
   slot: Int[Array, ""] | None
@@ -142,11 +143,13 @@ class SelfAttention(nn.Module):
   ) -> tuple[Float[Array, "B T D"], Cache | None]:
     c = self.config
     batch, tokens, width = x.shape
+    adapter = {"rank": self.lora.rank, "alpha": self.lora.alpha}
+    rate = self.lora.dropout if self.lora.rank else 0.0
+    u = lora.dropout(self, x, rate, is_training)
 
     def linear(num_heads, name):
-      y = lora.LoraLinear(
-        num_heads * c.head_dim, name=name, **dataclasses.asdict(self.lora)
-      )(x, is_training)
+      module = lora.LoraLinear(num_heads * c.head_dim, name=name, **adapter)
+      y = module(x, u)
       y = y.reshape(batch, tokens, num_heads, c.head_dim)
       return activations.constrain(y, activations.ROWS, None, "tensor", None)
 
@@ -166,15 +169,15 @@ class SelfAttention(nn.Module):
       )
       cache = Cache(key, value)
     is_causal = shared.mask is None
-    y = attention.attend(query, key, value, shared.mask, is_causal)
+    y = attention.attend(
+      query, key, value, shared.mask, is_causal, shared.segment_ids
+    )
     y = name(y.reshape(batch, tokens, -1), "attn_out")
     o_proj = lora.LoraLinear(
-      width,
-      init_scale=self.init_scale,
-      name="o_proj",
-      **dataclasses.asdict(self.lora),
+      width, init_scale=self.init_scale, name="o_proj", **adapter
     )
-    return activations.rows(o_proj(y, is_training)), cache
+    u = lora.dropout(self, y, rate, is_training)
+    return activations.rows(o_proj(y, u)), cache
 
 
 class DecoderLayer(nn.Module):
@@ -238,7 +241,7 @@ class Decoder(nn.Module):
     """Final hidden states -> logits, float32."""
     tied = self.config.tie_word_embeddings
     head = self.embed_tokens.T if tied else self.lm_head
-    logits = lora.matmul(x, head.astype(x.dtype)).astype(jnp.float32)
+    logits = lora.matmul(x, head).astype(jnp.float32)
     if logits.ndim == 3:
       logits = activations.constrain(logits, activations.ROWS, None, "tensor")
     return logits
@@ -254,6 +257,7 @@ class Decoder(nn.Module):
     slot: Int[Array, ""] | None = None,
     is_training: bool = False,
     keep_inputs: bool = False,
+    segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[
     Float[Array, "B T D"],
     LayerRouting | None,
@@ -273,6 +277,7 @@ class Decoder(nn.Module):
       slot: first cache slot to write.
       is_training: turns LoRA dropout on (needs the "dropout" rng).
       keep_inputs: returns what enters each layer, to compare with others.
+      segment_ids: where `mask` is causal within segments: of what.
 
     Returns:
       final hidden states (normalised), routing stacked over layers (None
@@ -284,7 +289,7 @@ class Decoder(nn.Module):
     if self.mole.has_router and self.mole.router_scope == "shared":
       router = self.router(c.hidden_size)
     angles = attention.rotary_angles(positions, c.head_dim, c.rope_theta)
-    shared = _Shared(*angles, mask, segments, router, slot)
+    shared = _Shared(*angles, mask, segment_ids, segments, router, slot)
     body = DecoderLayer
     if self.remat != "none":
       body = nn.remat(body, policy=remat.policy(self.remat), prevent_cse=False)

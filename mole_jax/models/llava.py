@@ -223,6 +223,7 @@ class Llava(nn.Module):
       segments,
       is_training=is_training,
       keep_inputs=keep_inputs,
+      segment_ids=segment_ids,
     )
     return Output(*output)
 

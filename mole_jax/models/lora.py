@@ -10,7 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from mole_jax.parallel import activations
 
@@ -23,7 +23,8 @@ def matmul(
 
   Contracting two leading axes, as autodiff of a batched product does, makes
   XLA:CPU copy both operands; on flattened rows the weight gradient is one
-  `x^T dy`. Sums are taken in float32, results have the operands' dtypes.
+  `x^T dy`. `w` is cast to the dtype of x and may be finer: then its gradient
+  is, too. Each result is rounded to its dtype once, within the product.
   """
   return _matmul_forward(x, w)[0]
 
@@ -33,15 +34,20 @@ def _rows(x: Array) -> Array:
 
 
 def _matmul_forward(x, w):
-  y = jnp.dot(_rows(x), w, preferred_element_type=jnp.float32)
-  return y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[-1]), (x, w)
+  y = _product(_rows(x), w.astype(x.dtype), x.dtype)
+  return y.reshape(*x.shape[:-1], w.shape[-1]), (x, w)
+
+
+def _product(a: Array, b: Array, dtype: jnp.dtype) -> Array:
+  """Rows times matrix. A wider type asked for is written out as such by XLA."""
+  return jnp.dot(a, b, preferred_element_type=dtype)
 
 
 def _matmul_backward(residuals, dy):
   x, w = residuals
-  dx = jnp.dot(_rows(dy), w.T, preferred_element_type=jnp.float32)
-  dw = jnp.dot(_rows(x).T, _rows(dy), preferred_element_type=jnp.float32)
-  return dx.astype(x.dtype).reshape(x.shape), dw.astype(w.dtype)
+  dx = _product(_rows(dy), w.astype(x.dtype).T, x.dtype)
+  dw = _product(_rows(x).T, _rows(dy), w.dtype)
+  return dx.reshape(x.shape), dw
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -71,17 +77,23 @@ def low_rank(
   The factor is applied in rank space, where it costs R products, not F; and
   where D is cut over devices, what they add up is R wide, not F.
   """
-  z = activations.rows(matmul(x, lora_a.astype(x.dtype)))
+  z = activations.rows(matmul(x, lora_a))
   z = z * jnp.asarray(scaling(alpha, lora_a.shape[-1]), x.dtype)
-  return matmul(z, lora_b.astype(x.dtype))
+  return matmul(z, lora_b)
 
 
 def dropout(
-  x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None
+  module: nn.Module, x: Float[Array, "..."], rate: float, is_training: bool
 ) -> Float[Array, "..."]:
-  """Inverted dropout; the identity when `key` is None (evaluation)."""
-  if rate == 0.0 or key is None:
+  """Inverted dropout with the next "dropout" key of a module.
+
+  The identity at a rate of 0 and outside of training. One mask serves all
+  adapters of an input, where PEFT draws one for each: drawing them is most of
+  what adapters cost a large model.
+  """
+  if rate == 0.0 or not is_training:
     return x
+  key = module.make_rng("dropout")
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
@@ -101,23 +113,28 @@ def base_init(scale: float) -> nn.initializers.Initializer:
 
 
 class LoraLinear(nn.Module):
-  """y = x W + b + (alpha / r) (dropout(x) A) B; `rank=0` is the plain map."""
+  """y = x W + b + (alpha / r) (u A) B; `rank=0` is the plain map.
+
+  u is `adapter_input`, by default x: x after dropout, say, which maps of the
+  same input share.
+  """
 
   features: int
   use_bias: bool = False
   rank: int = 0
   alpha: float = 1.0
-  dropout: float = 0.0
   init_scale: float = 1.0
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "... D"], is_training: bool = False
+    self,
+    x: Float[Array, "... D"],
+    adapter_input: Float[Array, "... D"] | None = None,
   ) -> Float[Array, "... F"]:
     width = x.shape[-1]
     init = base_init(self.init_scale)
     kernel = self.param("kernel", init, (width, self.features))
-    y = matmul(x, kernel.astype(x.dtype))
+    y = matmul(x, kernel)
     if self.use_bias:
       zeros = nn.initializers.zeros_init()
       y = y + along_last(self.param("bias", zeros, (self.features,)), y)
@@ -126,8 +143,5 @@ class LoraLinear(nn.Module):
     lora_a = self.param("lora_a", kaiming_uniform, (width, self.rank))
     zeros = nn.initializers.zeros_init()
     lora_b = self.param("lora_b", zeros, (self.rank, self.features))
-    use_dropout = is_training and self.dropout > 0
-    key = self.make_rng("dropout") if use_dropout else None
-    return y + low_rank(
-      dropout(x, self.dropout, key), lora_a, lora_b, self.alpha
-    )
+    u = x if adapter_input is None else adapter_input
+    return y + low_rank(u, lora_a, lora_b, self.alpha)

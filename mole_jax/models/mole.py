@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mole_jax.models import grouped, lora
@@ -151,7 +152,8 @@ def loop_experts(
 ) -> Float[Array, "N F"]:
   """sum_e w_e (x A_e) B_e, one expert after the other: the oracle."""
   outputs = [
-    weights[:, e, None] * ((x @ lora_a[e]) @ lora_b[e])
+    weights[:, e, None]
+    * ((x @ lora_a[e].astype(x.dtype)) @ lora_b[e].astype(x.dtype))
     for e in range(lora_a.shape[0])
   ]
   return sum(outputs)
@@ -183,10 +185,49 @@ def gather_experts(
 
   Drops nothing: the last block of each expert is padded with zero rows.
   """
-  rows = permutation.dispatch(x, plan)
-  outputs = grouped.grouped_low_rank(rows, lora_a, lora_b, plan)
   chosen_weights = jnp.take_along_axis(weights, plan.chosen, axis=1)
+  rows = permutation.dispatch(x, plan)
+  z = grouped.grouped_product(rows, lora_a, plan)
+  outputs = grouped.grouped_product(z, lora_b, plan)
   return permutation.combine(outputs, chosen_weights, plan)
+
+
+def gather_experts_on_mesh(
+  x: Float[Array, "N D"],
+  lora_a: Float[Array, "E D R"],
+  lora_b: Float[Array, "E R F"],
+  weights: Float[Array, "N E"],
+  plan: permutation.Plan,
+  is_input_cut: bool,
+) -> Float[Array, "N F"]:
+  """`gather_experts` of each device's own rows, by a plan of those alone.
+
+  Experts are gathered: at LoRA's size that is far less than the rows. Along
+  `tensor` D is cut (`is_input_cut`), or else F: devices add up z, R wide.
+  """
+  rows, cut = activations.ROWS, "tensor"
+  alike = activations.varying_alike
+
+  def local(x, lora_a, lora_b, weights, plan):
+    chosen_weights = jnp.take_along_axis(weights, plan.chosen, axis=1)
+    x, lora_a = alike(x, lora_a)
+    z = grouped.grouped_product(permutation.dispatch(x, plan), lora_a, plan)
+    if is_input_cut:
+      z = jax.lax.psum(z, cut)
+    z, lora_b = alike(z, lora_b)
+    outputs = grouped.grouped_product(z, lora_b, plan)
+    return permutation.combine(*alike(outputs, chosen_weights), plan)
+
+  d, f = (cut, None) if is_input_cut else (None, cut)
+  in_specs = (
+    P(rows, d),
+    P(None, d, None),
+    P(None, None, f),
+    P(rows),
+    P(rows),
+  )
+  apply = activations.per_device(local, in_specs, P(rows, f))
+  return apply(x, lora_a, lora_b, weights, plan)
 
 
 def balance_loss_pooled(
@@ -255,11 +296,15 @@ class Router(nn.Module):
 
 
 class ExpertsLinear(nn.Module):
-  """A frozen linear map and its LoRA experts: W x + sum_e w_e E_e(x)."""
+  """A frozen linear map and its LoRA experts: W x + sum_e w_e E_e(x).
+
+  `is_input_cut`: the mesh axis `tensor` cuts x, not y, in width.
+  """
 
   features: int
   config: MoleConfig
   init_scale: float = 1.0
+  is_input_cut: bool = False
 
   @nn.compact
   def __call__(
@@ -268,12 +313,12 @@ class ExpertsLinear(nn.Module):
     weights: Float[Array, "B T E"] | None,
     plan: permutation.Plan | None,
     dispatch: str,
-    is_training: bool,
+    adapter_input: Float[Array, "B T D"],
   ) -> Float[Array, "B T F"]:
     c = self.config
     init = lora.base_init(self.init_scale)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
-    y = lora.matmul(x, kernel.astype(x.dtype))
+    y = lora.matmul(x, kernel)
     if c.num_experts == 0:
       return y
     shape_a = (c.num_experts, x.shape[-1], c.rank)
@@ -281,25 +326,24 @@ class ExpertsLinear(nn.Module):
     zeros = nn.initializers.zeros_init()
     lora_a = self.param("lora_a", lora.kaiming_uniform, shape_a)
     lora_b = self.param("lora_b", zeros, shape_b)
-    use_dropout = is_training and c.dropout > 0
-    key = self.make_rng("dropout") if use_dropout else None
-    x = lora.dropout(x, c.dropout, key)
     if weights is None:  # One expert: plain LoRA.
-      return y + lora.low_rank(x, lora_a[0], lora_b[0], c.alpha)
-    rows = x.reshape(-1, x.shape[-1])
+      return y + lora.low_rank(adapter_input, lora_a[0], lora_b[0], c.alpha)
+    rows = adapter_input.reshape(-1, x.shape[-1])
     scale = lora.scaling(c.alpha, c.rank)
     args = (
       rows,
-      lora_a.astype(x.dtype),
-      lora_b.astype(x.dtype),
+      lora_a,
+      lora_b,
       (weights * scale).astype(x.dtype).reshape(-1, c.num_experts),
     )
     if dispatch == "loop":
       delta = loop_experts(*args)
     elif dispatch == "masked":
       delta = masked_experts(*args)
-    else:
+    elif activations.current() is None:
       delta = gather_experts(*args, plan)
+    else:
+      delta = gather_experts_on_mesh(*args, plan, self.is_input_cut)
     return y + delta.reshape(y.shape)
 
 
@@ -336,22 +380,36 @@ class MoleMlp(nn.Module):
       weights = gate_weights(routing, c.gate)
       if dispatch == "auto":
         dispatch = choose_dispatch(
-          num_rows, c.num_experts, c.top_k, c.rank, c.block_rows
+          num_rows // activations.num_row_shards(),
+          c.num_experts,
+          c.top_k,
+          c.rank,
+          c.block_rows,
         )
       if dispatch == "gather":
         chosen = routing.chosen.reshape(num_rows, c.top_k)
-        plan = permutation.make_plan(chosen, c.num_experts, c.block_rows)
+        make_plan = lambda chosen: permutation.make_plan(
+          chosen, c.num_experts, c.block_rows
+        )
+        plan = activations.per_row(make_plan)(chosen)
 
-    def linear(features, name, x, init_scale=1.0):
-      module = ExpertsLinear(features, c, init_scale, name=name)
-      return module(x, weights, plan, dispatch, is_training)
+    def linear(features, name, x, u, init_scale=1.0):
+      is_input_cut = name == "down_proj"
+      module = ExpertsLinear(features, c, init_scale, is_input_cut, name=name)
+      return module(x, weights, plan, dispatch, u)
+
+    def dropout(x):
+      rate = c.dropout if c.num_experts else 0.0
+      return lora.dropout(self, x, rate, is_training)
 
     def wide(y):
       return activations.constrain(y, activations.ROWS, None, "tensor")
 
-    gate = linear(self.intermediate_size, "gate_proj", x)
+    u = dropout(x)
+    gate = linear(self.intermediate_size, "gate_proj", x, u)
     gate = checkpoint_name(wide(gate), "mlp_gate")
-    up = linear(self.intermediate_size, "up_proj", x)
+    up = linear(self.intermediate_size, "up_proj", x, u)
     up = checkpoint_name(wide(up), "mlp_up")
     hidden = jax.nn.silu(gate) * up
-    return linear(width, "down_proj", hidden, self.init_scale), routing
+    u = dropout(hidden)
+    return linear(width, "down_proj", hidden, u, self.init_scale), routing

@@ -11,6 +11,10 @@ import jax
 import jax.extend
 
 NAMED = ("query", "key", "value", "attn_out", "resid_mid", "mlp_gate", "mlp_up")
+# Of splash attention (TPU): output and sums of the softmax.
+SPLASH = "splash_residuals"
+# The primitive, and the one that partitions it.
+CUDNN = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 POLICIES = ("none", "full", "dots", "named")
 
 
@@ -22,7 +26,8 @@ def policy(name: str) -> Callable | None:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   if name == "named":
     return jax.checkpoint_policies.save_from_both_policies(
-      jax.checkpoint_policies.save_only_these_names(*NAMED), _is_flash_attention
+      jax.checkpoint_policies.save_only_these_names(*NAMED, SPLASH),
+      _is_flash_attention,
     )
   raise ValueError(f"model.remat={name!r} must be one of {POLICIES}.")
 
@@ -33,7 +38,7 @@ def _is_flash_attention(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
   Its backward pass needs the sums of the softmax, too, which bear no name of
   ours: without them the whole kernel would run again.
   """
-  return primitive.name == "dot_product_attention_fwd"
+  return primitive.name in CUDNN
 
 
 def rematerialise(body: Callable, name: str) -> Callable:

@@ -59,7 +59,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from mole_jax.parallel import permutation
+from mole_jax.parallel import activations, permutation
 
 MOVES = ("auto", "tokens", "weights")
 TOKEN_MOVES = 4  # There and back, forward and backward.
@@ -161,7 +161,7 @@ def dispatch(
     )
   if is_token is not None:  # One expert too many is none.
     chosen = jnp.where(is_token[:, None], chosen, num_experts)
-  rows, chosen = _varying_alike(rows, chosen)
+  rows, chosen = activations.varying_alike(rows, chosen)
   arrival = None
   slots = num_slots(num_rows, num_experts, top_k, size, capacity, num_groups)
   if capacity is not None:
@@ -220,7 +220,9 @@ def combine(
     sent = permutation.collect(outputs.reshape(-1, width), trip.arrival)
     sent = sent.reshape(size, -1, width)
   returned = _exchange(sent, axis)
-  returned, weights = _varying_alike(returned.reshape(-1, width), weights)
+  returned, weights = activations.varying_alike(
+    returned.reshape(-1, width), weights
+  )
   return permutation.combine(returned, weights, trip.departure)
 
 
@@ -229,24 +231,6 @@ def _exchange(x: Shaped[Array, "P ..."], axis: str) -> Shaped[Array, "P ..."]:
   if jax.lax.axis_size(axis) == 1:
     return x
   return jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
-
-
-def _varying_alike(*arrays: Array) -> list[Array]:
-  """Marks arrays as varying over the union of the mesh axes of each.
-
-  A VJP of one's own must return cotangents that vary like its arguments;
-  constant weights, say, vary over no axis.
-  """
-  axes = frozenset().union(
-    *(jax.typeof(a).manual_axis_type.varying for a in arrays)
-  )
-  missing = [
-    tuple(axes - jax.typeof(a).manual_axis_type.varying) for a in arrays
-  ]
-  return [
-    jax.lax.pcast(a, names, to="varying") if names else a
-    for a, names in zip(arrays, missing, strict=True)
-  ]
 
 
 def bytes_moved_tokens(

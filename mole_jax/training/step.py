@@ -85,6 +85,13 @@ def make_train_step(
       features=features,
       rngs={"dropout": jax.random.fold_in(jax.random.key(seed), step)},
     )
+    # Gathered once, not for each chunk of the loss.
+    head = {
+      name: activations.constrain(leaf, None, "tensor")
+      for name, leaf in {**frozen, **trainable}.items()
+      if name == "decoder/lm_head"
+    }
+    params = {"params": state.unflatten({**frozen, **trainable, **head})}
     domains = losses.token_domains(batch["segment_ids"], batch["domains"])
     sums = losses.next_token_sums(
       output.hidden,
