@@ -4,11 +4,15 @@ python -m mole_jax.bench step --config=configs/mole3.py --steps 20
 python -m mole_jax.bench step --config=configs/mole3.py:7b --data synthetic \
   --config.stages.mole.batch_size=8 --config.stages.mole.max_length=2048 \
   --config.stages.mole.max_images=1 --json step.json
+python -m mole_jax.bench dispatch --experts 3 8 32
 python -m mole_jax.bench compare --config=configs/lora.py --rounds 5
+python -m mole_jax.bench decode --config=configs/mole3.py
+python -m mole_jax.bench data --config=configs/mole3.py
 
 `step` times a config's train step: on random weights and batches, which any
-config has, and on its data where they are there. `compare` takes turns with a
-step of Transformers and PEFT on the same shapes (needs `.[torch]`). MFU is by
+config has, and on its data where they are there. `dispatch` times one MLP with
+each strategy, beside plain LoRA and the frozen base. `compare` takes turns with
+a step of Transformers and PEFT on the same shapes (needs `.[torch]`). MFU is by
 the formula in training/flops.py. Exit codes: 0 done; 1 it did not run (out of
 memory, say); 2 wrong usage.
 """
@@ -27,25 +31,39 @@ import rich.console
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.timing import (
   compare,
+  decode,
+  dispatch,
   machine,
   profile,
   protocol,
   real,
   steps,
   synthetic,
+  terminal,
 )
-from mole_jax.training import command_line, loop, metrics
+from mole_jax.training import command_line, loop, metrics, state
+
+Config = dict[str, Any]
+_CONSOLE = rich.console.Console(soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
-  args, rest = _parser().parse_known_args(argv)
-  console = rich.console.Console(soft_wrap=True, highlight=False)
+  parser = _parser()
+  args, rest = parser.parse_known_args(argv)
   try:
-    config = command_line.read_config(["bench", *rest])
-    args.config_arguments = rest
-    found = args.run(args, config, console)
-  except ValueError as error:
+    if args.has_config:
+      args.config = command_line.read_config(["bench", *rest])
+      args.config_arguments = rest
+      args.stage = _stage_name(args.config, args.stage)
+    elif rest:
+      parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    found = args.run(args)
+    if args.json:
+      text = json.dumps(_identity(args) | found, indent=2)
+      args.json.write_text(f"{text}\n")
+      _CONSOLE.print(f"Written to {args.json}", markup=False)
+  except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except (jax.errors.JaxRuntimeError, metrics.NonFiniteLossError) as error:
@@ -57,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     return 130
-  if args.json and found is not None:
-    args.json.write_text(json.dumps(found, indent=2) + "\n")
-    console.print(f"Written to {args.json}", markup=False)
   return 0
 
 
@@ -70,13 +85,14 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   epilog = "Settings of the config: --config=FILE[:variant] --config.x=..."
 
-  def add(name, run, **kwargs):
+  def add(name, run, has_config=True, **kwargs):
     command = commands.add_parser(
-      name, epilog=epilog, allow_abbrev=False, **kwargs
+      name, epilog=epilog if has_config else "", allow_abbrev=False, **kwargs
     )
-    command.add_argument("--stage", help="default: the last one")
+    if has_config:
+      command.add_argument("--stage", help="default: the last one")
     command.add_argument("--json", type=pathlib.Path, metavar="FILE")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, has_config=has_config)
     return command
 
   step = add("step", _step, help="a config's train step")
@@ -88,6 +104,20 @@ def _parser() -> argparse.ArgumentParser:
   step.add_argument(
     "--skip-warm", action="store_true", help="compile once, from nothing"
   )
+  one = add("dispatch", _dispatch, False, help="strategies on one MLP")
+  one.add_argument("--experts", type=_positive, nargs="+", default=[3, 8])
+  one.add_argument(
+    "--strategies",
+    nargs="+",
+    choices=dispatch.STRATEGIES,
+    default=dispatch.STRATEGIES,
+  )
+  one.add_argument("--rank", type=_positive, default=32)
+  one.add_argument("--tokens", type=_positive, default=2048)
+  one.add_argument("--hidden", type=_positive, default=512)
+  one.add_argument("--intermediate", type=_positive, default=1376)
+  one.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
+  one.add_argument("--rounds", type=_positive, default=7)
   compared = add("compare", _compare, help="beside Transformers and PEFT")
   compared.add_argument("--rounds", type=_positive, default=5)
   compared.add_argument(
@@ -113,6 +143,14 @@ def _parser() -> argparse.ArgumentParser:
   compared.add_argument(
     "--peer-adapters", choices=("float32", "bfloat16"), default="float32"
   )
+  answers = add("decode", _decode, help="prefill and decoding")
+  answers.add_argument("--batch-size", type=_positive, default=8)
+  answers.add_argument("--prompt-tokens", type=_positive, default=128)
+  answers.add_argument("--images", type=int, default=1, help="in each prompt")
+  answers.add_argument("--new-tokens", type=_positive, default=32)
+  answers.add_argument("--rounds", type=_positive, default=5)
+  data = add("data", _data, help="batches alone, as fast as they come")
+  data.add_argument("--batches", type=_positive, default=50)
   add("worker", _worker)  # One of compare's sides; not for people.
   return parser
 
@@ -124,116 +162,148 @@ def _positive(text: str) -> int:
   return value
 
 
-def _step(
-  args: argparse.Namespace,
-  config: dict[str, Any],
-  console: rich.console.Console,
-) -> dict[str, Any]:
-  stage = _make_stage(config, args.stage)
-  found = _about(config, stage)
-  _print_about(found, console)
+def _stage_name(config: Config, name: str | None) -> str:
+  name = name or config["stage_names"][-1]
+  if name not in config["stages"]:
+    raise ValueError(
+      f"--stage={name} is none of the config's: {list(config['stages'])}."
+    )
+  return name
+
+
+def _identity(args: argparse.Namespace) -> dict[str, Any]:
+  """What every JSON begins with."""
+  now = datetime.datetime.now(datetime.UTC)
+  found = {
+    "command": args.run.__name__.strip("_"),
+    "time": now.isoformat(timespec="seconds"),
+    "commit": machine.commit(),
+    "machine": machine.describe(),
+    "versions": machine.versions(),
+  }
+  if args.has_config:
+    found["config"] = args.config["name"]
+    found["variant"] = args.config["variant"]
+    found["stage"] = args.stage
+    found["arguments"] = args.config_arguments
+  return found
+
+
+def _make_stage(args: argparse.Namespace) -> loop.Stage:
+  mesh = mesh_lib.make_mesh(args.config["mesh"])
+  return loop.Stage(args.config, args.stage, mesh)
+
+
+def _step(args: argparse.Namespace) -> dict[str, Any]:
+  stage = _make_stage(args)
+  batches = steps.synthetic_batches(stage)
+  found: dict[str, Any] = {"step": steps.describe(stage)}
+  terminal.print_about(_identity(args) | found, _CONSOLE)
   kinds = steps.COMPILATIONS[: 1 if args.skip_warm else 2]
   compiled = steps.compile_step(stage, kinds)
   found["compile_seconds"] = compiled.seconds
   found["predicted_memory"] = compiled.memory
-  console.print(
-    "compiled in "
-    + ", ".join(f"{s:.1f} s {kind}" for kind, s in compiled.seconds.items())
-  )
-  if compiled.memory:
-    console.print(
-      "the compiler predicts {total_gib:.2f} GiB on a device: "
-      "{arguments_gib:.2f} of arguments, {temporaries_gib:.2f} of "
-      "temporaries".format(**compiled.memory)
-    )
+  terminal.print_compiled(found, _CONSOLE)
   weights = synthetic.parameters(stage)
   jax.block_until_ready(weights)
   found["memory_of_weights"] = machine.peak_memory(jax.local_devices())
-  run = steps.Run(stage, compiled.step, steps.synthetic_batches(stage), weights)
+  run = steps.Run(stage, compiled.step, batches, weights)
   del weights  # The step donates what it trains.
   run.steps(steps.NUM_WARMUP)
-  found["synthetic"] = steps.report(stage, run.steps(args.steps))
-  found["synthetic"]["losses"] = run.losses
+  timing = steps.report(stage, run.steps(args.steps))
+  found["synthetic"] = {**timing, "losses": list(run.losses)}
   found["memory"] = machine.peak_memory(jax.local_devices())
-  _print_timing("synthetic data", found["synthetic"], console)
-  console.print(
-    "peak memory of the {of}: {peak_gib} GiB".format(**found["memory"])
-  )
+  terminal.print_timing("synthetic data", timing, _CONSOLE)
+  terminal.print_memory(found["memory"], _CONSOLE)
   if args.profile:
     found["profile"] = profile.profile(run, compiled.step)
-    _print_profile(found["profile"], console)
+    terminal.print_profile(found["profile"], _CONSOLE)
   if args.data == "both":
-    found["real"] = real.time_steps(
-      config, stage, compiled.step, run.weights(), args.steps
+    found["real"] = timing = real.time_steps(
+      args.config, stage, compiled.step, run.weights(), args.steps
     )
-    if "not_there" in found["real"]:
-      console.print(f"real data: not there: {found['real']['not_there']}")
+    if "not_there" in timing:
+      _CONSOLE.print(f"real data: {timing['not_there']}", markup=False)
     else:
-      _print_timing("real data", found["real"], console)
+      terminal.print_timing("real data", timing, _CONSOLE)
   return found
 
 
-def _compare(
-  args: argparse.Namespace,
-  config: dict[str, Any],
-  console: rich.console.Console,
-) -> dict[str, Any]:
-  """Asks for no device: the sides need them."""
+def _dispatch(args: argparse.Namespace) -> dict[str, Any]:
+  on_cpu = jax.devices()[0].platform == "cpu"
+  shape = dispatch.Shape(
+    args.hidden,
+    args.intermediate,
+    args.tokens,
+    args.rank,
+    args.dtype or ("float32" if on_cpu else "bfloat16"),
+  )
+  _CONSOLE.print(f"{shape} on {jax.devices()[0].device_kind}", markup=False)
+  rows = dispatch.measure(
+    shape,
+    args.experts,
+    args.strategies,
+    args.rounds,
+    lambda experts, name: _CONSOLE.print(f"compiled {name}, {experts} experts"),
+  )
+  found = {"rows": rows, "rounds": args.rounds}
+  terminal.print_dispatch(found, _CONSOLE)
+  return found
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+  """Asks for no device before the sides are done: they need it."""
   if args.cores:
     machine.use_cores(args.cores)
-  name = _stage_name(config, args.stage)
   names = [args.only] if args.only else [compare.OURS, compare.PEER]
   peer_arguments = [
     f"--checkpointing={args.peer_checkpointing}",
     f"--adapters={args.peer_adapters}",
   ]
-
-  def on_ready(side, about):
-    console.print(f"{side} is ready: {about}", markup=False)
-
   with compare.sides(
-    config, name, names, args.config_arguments, peer_arguments
+    args.config, args.stage, names, args.config_arguments, peer_arguments
   ) as sides:
     found = compare.take_turns(
       sides,
       args.rounds,
       args.steps,
       is_sequential=args.sequential,
-      on_ready=on_ready,
+      on_ready=lambda side, about: _CONSOLE.print(
+        f"{side} is ready: {about}", markup=False
+      ),
     )
   result = {
-    **_identity(config),
-    "cpu": machine.cpu_name(),
-    "num_cores": machine.num_cores(),
-    "stage": name,
     "is_sequential": args.sequential,
-    **compare.summed_up(config, name, found),
+    **compare.summed_up(args.config, args.stage, found),
   }
-  for side, values in result["sides"].items():
-    seconds = values["step_seconds"]
-    console.print(
-      f"[bold]{side}[/]: {seconds['median']:.4f} s a step (quartiles "
-      f"{seconds['quartile_1']:.4f} to {seconds['quartile_3']:.4f}), "
-      f"{values['tokens_per_second']:,.0f} tokens/s, "
-      f"{values['tflops_per_second']:,.3g} TFLOP/s, peak memory of the "
-      f"{values['memory']['of']} {values['memory']['peak_gib']:.2f} GiB"
-    )
-  if "peer_over_ours" in result:
-    ratio = result["peer_over_ours"]
-    console.print(
-      f"[bold]{compare.PEER} / {compare.OURS}[/]: {ratio['median']:.3f} "
-      f"(quartiles {ratio['quartile_1']:.3f} to {ratio['quartile_3']:.3f}, "
-      f"{ratio['count']} rounds); above 1 {compare.OURS} is faster"
-    )
+  terminal.print_comparison(result, _CONSOLE)
   return result
 
 
-def _worker(
-  args: argparse.Namespace, config: dict[str, Any], _: rich.console.Console
-) -> None:
-  stage = _make_stage(config, args.stage)
-  compiled = steps.compile_step(stage)
+def _decode(args: argparse.Namespace) -> dict[str, Any]:
+  found = decode.measure(
+    _make_stage(args),
+    batch_size=args.batch_size,
+    num_prompt=args.prompt_tokens,
+    num_images=args.images,
+    num_new=args.new_tokens,
+    num_rounds=args.rounds,
+  )
+  terminal.print_decode(found, _CONSOLE)
+  return found
+
+
+def _data(args: argparse.Namespace) -> dict[str, Any]:
+  model = state.model_config(args.config, args.stage)
+  found = real.time_batches(args.config, args.stage, model, args.batches)
+  terminal.print_data(found, _CONSOLE)
+  return found
+
+
+def _worker(args: argparse.Namespace) -> dict[str, Any]:
+  stage = _make_stage(args)
   batches = steps.synthetic_batches(stage)
+  compiled = steps.compile_step(stage)
   weights = synthetic.parameters(stage)
   run = steps.Run(stage, compiled.step, batches, weights)
   del weights
@@ -254,86 +324,7 @@ def _worker(
 
   last = lambda: {"memory": machine.peak_memory(jax.local_devices())}
   protocol.serve(about, timed, last)
-
-
-def _make_stage(config: dict[str, Any], name: str | None) -> loop.Stage:
-  name = _stage_name(config, name)
-  return loop.Stage(config, name, mesh_lib.make_mesh(config["mesh"]))
-
-
-def _print_profile(
-  found: dict[str, Any], console: rich.console.Console
-) -> None:
-  total = found["busy_seconds"]
-  console.print(f"[bold]profile[/]: busy for {total:.4f} s a step")
-  for place, seconds in list(found["by_place"].items())[:25]:
-    console.print(
-      f"  {seconds:.4f} s {seconds / total:6.1%}  {place}", markup=False
-    )
-
-
-def _stage_name(config: dict[str, Any], name: str | None) -> str:
-  name = name or config["stage_names"][-1]
-  if name not in config["stages"]:
-    raise ValueError(
-      f"--stage={name} is none of the config's: {list(config['stages'])}."
-    )
-  return name
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-  now = datetime.datetime.now(datetime.UTC)
-  return {
-    "config": config["name"],
-    "variant": config["variant"],
-    "time": now.isoformat(timespec="seconds"),
-    "commit": machine.commit(),
-  }
-
-
-def _about(config: dict[str, Any], stage: loop.Stage) -> dict[str, Any]:
-  return {
-    **_identity(config),
-    "machine": machine.describe(),
-    "versions": machine.versions(),
-    "step": steps.describe(stage),
-  }
-
-
-def _print_about(found: dict[str, Any], console: rich.console.Console) -> None:
-  about, where = found["step"], found["machine"]
-  console.print(
-    f"[bold]{found['config']}:{found['variant']}[/] stage {about['stage']} on "
-    f"{where['num_devices']} {where['device_kind']} ({where['cpu']}, "
-    f"{where['num_cores']} cores), jax {found['versions']['jax']}"
-  )
-  console.print(
-    f"{about['batch_size']} rows of {about['max_length']} tokens, "
-    f"{about['max_images']} images a row, {about['dtype']}, remat "
-    f"{about['remat']}, {about['num_experts']} experts of rank "
-    f"{about['rank']}; {about['flops']['total'] / 1e12:.3g} TFLOP a step"
-  )
-
-
-def _print_timing(
-  title: str, timing: dict[str, Any], console: rich.console.Console
-) -> None:
-  seconds, mfu = timing["step_seconds"], timing["mfu"]
-  console.print(
-    f"[bold]{title}[/]: {seconds['median']:.4f} s a step (quartiles "
-    f"{seconds['quartile_1']:.4f} to {seconds['quartile_3']:.4f}, "
-    f"{seconds['count']} steps)"
-  )
-  console.print(
-    f"  {timing['tokens_per_second']:,.0f} tokens/s, "
-    f"{timing['text_tokens_per_second']:,.0f} without padding, "
-    f"{timing['samples_per_second']:,.2f} samples/s"
-  )
-  console.print(
-    f"  {timing['tflops_per_second_per_device']:,.3g} TFLOP/s a device, MFU "
-    f"{'unknown' if mfu is None else f'{mfu:.1%}'}; waiting for data "
-    f"{timing['stall_share']:.2%} of the time"
-  )
+  return {}
 
 
 if __name__ == "__main__":

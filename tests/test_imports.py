@@ -14,7 +14,7 @@ ALLOWED = {
   "reporting": {"reporting"},
   "interop": {"interop", "training", "models", "data"},
   "training": {"training", "models", "parallel", "data"},
-  "timing": {"timing", "training", "models", "parallel", "data"},
+  "timing": {"timing", "inference", "training", "models", "parallel", "data"},
   "inference": {"inference", "training", "models", "parallel", "data"},
   "models": {"models", "parallel"},
   "parallel": {"parallel"},

@@ -96,6 +96,9 @@ def test_the_other_commands_work_after_it(workplace):
       args += FEW_STEPS
     elif "mole_jax.main" in line:
       args += [a for a in test_main.SMALL if ".base." not in a]
+    if "mole_jax.bench" in line:
+      args += ["--steps=1", *test_main.SMALL]
+      args += ["--rounds=1"] if "compare" in line else ["--skip-warm"]
     if "mole_jax.evaluate" in line:
       args += ["--max-questions", "4"]
     if "configs/own.py" in line and "mole_jax.main" in line:

@@ -48,7 +48,7 @@ def describe() -> dict[str, Any]:
   devices = jax.devices()
   stats = devices[0].memory_stats() or {}
   return {
-    "cpu": cpu_name(),
+    "cpu": _cpu_name(),
     "num_cores": num_cores(),
     "memory_gib": round(_memory_bytes() / GIB, 1),
     "platform": devices[0].platform,
@@ -130,8 +130,7 @@ def _memory_bytes() -> int:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def cpu_name() -> str:
-  """What the processor calls itself."""
+def _cpu_name() -> str:
   info = pathlib.Path("/proc/cpuinfo")
   if info.exists():
     for line in info.read_text().splitlines():

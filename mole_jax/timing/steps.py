@@ -107,9 +107,10 @@ class Run:
     """Runs `count` steps as the loop does: a step's metrics are read when the
     next one is on its way.
 
-    Returns, by step, the seconds from the end of the step before it, those of
-    them spent waiting for a batch, and the samples and tokens (padding apart)
-    in it. Raises NonFiniteLossError.
+    Returns, by step, the seconds from the end of the step before it, the
+    seconds of waiting for its batch (while the step before was at work, as in
+    the loop, so not all of them are lost), and the samples and tokens (padding
+    apart) in it. Raises NonFiniteLossError.
     """
     rows: dict[str, list[float]] = {
       key: [] for key in ("seconds", "waited", "samples", "tokens")
