@@ -41,7 +41,8 @@ from mole_jax.timing import (
   synthetic,
   terminal,
 )
-from mole_jax.training import command_line, loop, metrics, state
+from mole_jax.training import command_line, metrics, state
+from mole_jax.training import stage as stage_lib
 
 Config = dict[str, Any]
 _CONSOLE = rich.console.Console(soft_wrap=True, highlight=False)
@@ -189,9 +190,9 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
   return found
 
 
-def _make_stage(args: argparse.Namespace) -> loop.Stage:
+def _make_stage(args: argparse.Namespace) -> stage_lib.Stage:
   mesh = mesh_lib.make_mesh(args.config["mesh"])
-  return loop.Stage(args.config, args.stage, mesh)
+  return stage_lib.Stage(args.config, args.stage, mesh)
 
 
 def _step(args: argparse.Namespace) -> dict[str, Any]:

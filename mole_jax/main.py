@@ -8,14 +8,18 @@ Exit codes: 0 done; 1 training failed; 2 wrong usage or configuration; 130 or
 143 interrupted, everything saved, run the command again.
 """
 
+import collections
+import contextlib
+import functools
 import pathlib
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 from rich import console as rich_console
@@ -25,6 +29,7 @@ from rich import table as rich_table
 from mole_jax.data import mixture, progress, workers
 from mole_jax.inference import pretrained, scoring
 from mole_jax.parallel import mesh as mesh_lib
+from mole_jax.parallel import processes
 from mole_jax.reporting import page
 from mole_jax.training import base as base_lib
 from mole_jax.training import (
@@ -37,6 +42,7 @@ from mole_jax.training import (
   metrics,
   rundir,
 )
+from mole_jax.training import stage as stage_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with :variant.", lock_config=True
@@ -57,12 +63,21 @@ def main(argv: Sequence[str]) -> int:
   """Runs the command line; returns the exit code."""
   try:
     config, run = _parse(argv)
-  except command_line.UsageError as error:
+    processes.start()
+  except (command_line.UsageError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  is_first = processes.is_first()
+  console.quiet = not is_first
   try:
-    with rundir.Lock(run):
+    with contextlib.ExitStack() as stack:
+      lock = rundir.Lock(run)
+      processes.first_then_all(
+        lambda: stack.enter_context(lock) if processes.is_first() else None
+      )
       return _run(config, run)
+  except processes.FirstFailedError:
+    return 2
   except rundir.LockedError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -107,20 +122,30 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], pathlib.Path]:
 def _run(config: dict[str, Any], run: pathlib.Path) -> int:
   began = time.perf_counter()
   try:
-    rundir.claim(run, config, is_data_change_accepted=_ACCEPT_DATA_CHANGE.value)
+    _in_first(
+      rundir.claim,
+      run,
+      config,
+      is_data_change_accepted=_ACCEPT_DATA_CHANGE.value,
+    )
     mesh = mesh_lib.make_mesh(config["mesh"])
-    stages = [loop.Stage(config, name, mesh) for name in config["stage_names"]]
+    stages = [
+      stage_lib.Stage(config, name, mesh) for name in config["stage_names"]
+    ]
     features.check_useful(config, {s.name: s.trainable_shapes for s in stages})
     text = feed.read_tokenizer(config)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   devices = mesh.devices.flatten()
+  count = jax.process_count()
+  of_processes = f" of {count} processes" if count > 1 else ""
   console.print(
     f"[bold]{config['name']}:{config['variant']}[/] seed {config['seed']} on "
-    f"{len(devices)} {devices[0].device_kind} device(s), workdir {run}"
+    f"{len(devices)} {devices[0].device_kind} device(s){of_processes}, "
+    f"workdir {run}"
   )
-  _write_run(config, run, stages)
+  _in_first(_write_run, config, run, stages)
   base = reference = None
   for stage in stages:
     is_base = stage.name == "base"
@@ -142,18 +167,26 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
         continue
       if not is_base and base is None:
         path = run / reference.path
-        base = loop.load_base(stage, config, path, reference.sha256)
+        base = stage_lib.load_base(stage, config, path, reference.sha256)
       start = None if is_base else base
       tower = stage.frozen_tower(config, start)
       lines = stage.settings["mixture"].values()
       stores = None if tower is None else tower.stores(lines, run)
       image_tokens = stage.model_config.num_image_tokens
       with progress.Progress(console) as bar:
-        loader = feed.make_loader(
-          config, stage.name, text, image_tokens, bar.count_tokens, stores
+        make_loader = functools.partial(
+          feed.make_loader,
+          config,
+          stage.name,
+          text,
+          image_tokens,
+          bar.count_tokens,
+          stores,
         )
+        loader = processes.first_then_all(make_loader)
       steps = checkpoint.list_steps(run, stage.name)
-      feed.check_unchanged(
+      _in_first(
+        feed.check_unchanged,
         run / stage.name,
         feed.describe(config, stage.name, text),
         steps[-1] if steps else 0,
@@ -170,13 +203,32 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
     _print_features(config, stage)
     base = _train(config, stage, loader, run, start, reference)
     if is_base:
-      base_lib.write_base(run / "base", base)
+      _write_base(run / "base", base)
+  processes.leave()
+  if not processes.is_first():
+    return 0
   _evaluate(config, run)
   path = page.write_report([run], run / "report")
   page.print_accuracy([run], console)
   minutes = (time.perf_counter() - began) / 60
   console.print(f"Done in {minutes:.1f} min. Report: [bold]{path}[/]")
   return 0
+
+
+def _in_first(function: Callable[..., object], *args: Any, **kwargs) -> None:
+  """Calls it in the first process; the others wait, and fail if it fails."""
+  call = functools.partial(function, *args, **kwargs)
+  processes.first_then_all(lambda: call() if processes.is_first() else None)
+
+
+def _write_base(directory: pathlib.Path, base: Any) -> None:
+  """The first process writes; every one sends what it holds, one by one."""
+  pairs = ((name, processes.on_host(leaf)) for name, leaf in base.items())
+  if processes.is_first():
+    base_lib.write_base(directory, pairs)
+  else:
+    collections.deque(pairs, maxlen=0)
+  processes.wait_for_all("base written")
 
 
 def _find_base(
@@ -233,7 +285,7 @@ def _print_data(loader: Any) -> None:
   )
 
 
-def _print_features(config: Mapping[str, Any], stage: loop.Stage) -> None:
+def _print_features(config: Mapping[str, Any], stage: stage_lib.Stage) -> None:
   if stage.uses_features:
     console.print(f"stage {stage.name} reads cached features")
   elif config["data"]["features"] == "cached":
@@ -243,7 +295,7 @@ def _print_features(config: Mapping[str, Any], stage: loop.Stage) -> None:
 
 def _train(
   config: Mapping[str, Any],
-  stage: loop.Stage,
+  stage: stage_lib.Stage,
   loader: Any,
   run: pathlib.Path,
   base: Any,
@@ -294,7 +346,7 @@ def _train(
 def _write_run(
   config: Mapping[str, Any],
   run: pathlib.Path,
-  stages: Sequence[loop.Stage],
+  stages: Sequence[stage_lib.Stage],
 ) -> None:
   """What the report says of a run besides its metrics.
 
@@ -325,6 +377,12 @@ def _evaluate(config: Mapping[str, Any], run: pathlib.Path) -> None:
   """Evaluates the last stage unless its evaluation stands."""
   if not config["evaluation"]["datasets"]:
     console.print("config.evaluation.datasets is empty: nothing to evaluate")
+    return
+  if jax.process_count() > 1:
+    console.print(
+      "a run of several processes is evaluated on one machine: "
+      f"python -m mole_jax.evaluate --ckpt {run}"
+    )
     return
   path = run / "evaluation" / "metrics.json"
   stage = config["stage_names"][-1]

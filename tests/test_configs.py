@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from mole_jax.parallel import mesh as mesh_lib
-from mole_jax.training import loop, rundir, state
+from mole_jax.training import rundir, state
+from mole_jax.training import stage as stage_lib
 from tests.training import small_run
 
 ONE = dict(data=1, fsdp=1, expert=1, tensor=1)
@@ -13,7 +14,7 @@ ONE = dict(data=1, fsdp=1, expert=1, tensor=1)
 def make_stage(name, variant):
   config = rundir.plain(small_run.read_config(name, variant))
   mesh = mesh_lib.make_mesh(ONE, jax.devices()[:1])
-  return loop.Stage(config, config["stage_names"][-1], mesh)
+  return stage_lib.Stage(config, config["stage_names"][-1], mesh)
 
 
 def test_7b_has_the_parameters_of_the_paper():
@@ -44,7 +45,7 @@ def test_every_tiny_stage_builds(name):
   config = rundir.plain(small_run.read_config(name))
   mesh = mesh_lib.make_mesh(ONE, jax.devices()[:1])
   for stage in config["stage_names"]:
-    counts = loop.Stage(config, stage, mesh).counts
+    counts = stage_lib.Stage(config, stage, mesh).counts
     assert sum(trainable for trainable, _ in counts.values()) > 0
 
 

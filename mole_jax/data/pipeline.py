@@ -131,12 +131,19 @@ class Loader:
   def __iter__(self) -> Iterator[Batch]:
     return self.iterate()
 
-  def accounting(self) -> list[dict[str, object]]:
+  def failed(self) -> np.ndarray:
+    """int64 [n, 2]: data set and record of what failed in own batches."""
+    return np.array(sorted(self._failed), np.int64).reshape(-1, 2)
+
+  def accounting(
+    self, failed: np.ndarray | None = None
+  ) -> list[dict[str, object]]:
     """What became of the records of each data set so far.
 
-    `failed` counts distinct records of this host's batches.
+    `failed` are those of all hosts, see `failed()`; by default of this one.
     """
-    failed = collections.Counter(index for index, _ in self._failed)
+    failed = self.failed() if failed is None else failed
+    failed = collections.Counter(failed[:, 0].tolist())
     return [
       dataset.accounting(failed[index])
       for index, dataset in enumerate(self.datasets)
@@ -146,9 +153,14 @@ class Loader:
     """The records of this host's batches that could not be read so far."""
     return [self._failed[entry] for entry in sorted(self._failed)]
 
-  def check_failures(self, max_skipped: float | int) -> None:
-    """Raises mixture.TooManySkipped for a share of bad records above this."""
-    failed = collections.Counter(index for index, _ in self._failed)
+  def check_failures(
+    self, max_skipped: float | int, failed: np.ndarray
+  ) -> None:
+    """Raises mixture.TooManySkipped for a share of bad records above this.
+
+    `failed` are those of all hosts, see `failed()`.
+    """
+    failed = collections.Counter(failed[:, 0].tolist())
     for index in failed:
       self.datasets[index].check_skipped(max_skipped, failed[index])
 

@@ -9,8 +9,8 @@ import faulthandler
 import importlib.util
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,7 +21,12 @@ HEARTBEAT_SECONDS = 30
 # One that hangs in Python still sends its heartbeat: a run of several
 # processes whose loop stands still this long ends with all stacks printed.
 HANG_SECONDS = 1800
+T = TypeVar("T")
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+class FirstFailedError(RuntimeError):
+  """What the first process does for all went wrong there."""
 
 
 def start(environment: Mapping[str, str] = os.environ) -> bool:
@@ -89,14 +94,41 @@ def wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def add_up(counts: Any) -> Any:
-  """Sums of a tree of integers over the processes; all must call it."""
+def first_then_all(function: Callable[[], T]) -> T:
+  """What a function returns, called by the first process before all others.
+
+  It may write what the others then find. Where it raises in the first, it
+  raises there, and FirstFailedError in the others.
+  """
   if jax.process_count() == 1:
-    return counts
-  gathered = multihost_utils.process_allgather(
-    jax.tree.map(lambda n: np.asarray(n, np.int64), counts)
-  )
-  return jax.tree.map(lambda n: int(n.sum(0)), gathered)
+    return function()
+  result = error = None
+  if is_first():
+    try:
+      result = function()
+    except Exception as problem:  # noqa: BLE001 - raised again below.
+      error = problem
+  failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+  if error is not None:
+    raise error
+  if failed:
+    raise FirstFailedError("the first process failed; its output says why.")
+  return result if is_first() else function()
+
+
+def union(rows: np.ndarray) -> np.ndarray:
+  """Distinct rows, sorted, of int64 [n, k] of all processes; n may differ."""
+  if jax.process_count() == 1:
+    return rows
+  gather = multihost_utils.process_allgather
+  counts = gather(np.int32(len(rows)))
+  # 64-bit integers would be cut to 32 on their way.
+  parts = np.zeros((counts.max(), *rows.shape[1:], 2), np.int32)
+  parts[: len(rows)] = np.stack([rows >> 31, rows & 0x7FFFFFFF], axis=-1)
+  gathered = np.asarray(gather(parts)).astype(np.int64)
+  whole = (gathered[..., 0] << 31) + gathered[..., 1]
+  kept = [part[:n] for part, n in zip(whole, counts, strict=True)]
+  return np.unique(np.concatenate(kept), axis=0)
 
 
 def on_host(leaf: jax.Array) -> np.ndarray:

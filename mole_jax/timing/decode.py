@@ -8,11 +8,12 @@ import numpy as np
 
 from mole_jax.inference import generator
 from mole_jax.timing import clock, machine, synthetic
-from mole_jax.training import loop, state
+from mole_jax.training import stage as stage_lib
+from mole_jax.training import state
 
 
 def measure(
-  stage: loop.Stage,
+  stage: stage_lib.Stage,
   *,
   batch_size: int,
   num_prompt: int,

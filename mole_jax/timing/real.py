@@ -10,7 +10,8 @@ import numpy as np
 from mole_jax.data import pipeline
 from mole_jax.models import llava
 from mole_jax.timing import clock, steps, synthetic
-from mole_jax.training import feed, loop, state
+from mole_jax.training import feed, state
+from mole_jax.training import stage as stage_lib
 
 
 def make_loader(
@@ -35,7 +36,7 @@ def make_loader(
 
 def time_steps(
   config: Mapping[str, Any],
-  stage: loop.Stage,
+  stage: stage_lib.Stage,
   step: Any,
   weights: tuple[state.TrainState, state.Flat],
   num_steps: int,

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mole_jax.timing import clock, machine, synthetic
 from mole_jax.training import flops, loop, metrics, state
+from mole_jax.training import stage as stage_lib
 
 # Seconds from one finished step to the next are those of a running pipeline
 # only after the first ones.
@@ -51,7 +52,7 @@ def empty_cache() -> Iterator[None]:
 
 
 def compile_step(
-  stage: loop.Stage, kinds: Sequence[str] = COMPILATIONS
+  stage: stage_lib.Stage, kinds: Sequence[str] = COMPILATIONS
 ) -> Compiled:
   """Compiles with nothing cached, then as a second start of the same would.
 
@@ -91,7 +92,7 @@ class Run:
 
   def __init__(
     self,
-    stage: loop.Stage,
+    stage: stage_lib.Stage,
     step: Any,
     batches: Iterator[Mapping[str, np.ndarray]],
     weights: tuple[state.TrainState, state.Flat],
@@ -155,7 +156,9 @@ class Run:
     return state.TrainState(self._trainable, self._opt_state), self._frozen
 
 
-def synthetic_batches(stage: loop.Stage) -> Iterator[dict[str, np.ndarray]]:
+def synthetic_batches(
+  stage: stage_lib.Stage,
+) -> Iterator[dict[str, np.ndarray]]:
   """A few random batches, over and over."""
   return itertools.cycle(
     [synthetic.batch(stage, seed) for seed in range(NUM_SYNTHETIC_BATCHES)]
@@ -163,7 +166,7 @@ def synthetic_batches(stage: loop.Stage) -> Iterator[dict[str, np.ndarray]]:
 
 
 def report(
-  stage: loop.Stage, rows: Mapping[str, Sequence[float]]
+  stage: stage_lib.Stage, rows: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
   """What timed steps come to.
 
@@ -195,7 +198,7 @@ def report(
   }
 
 
-def describe(stage: loop.Stage) -> dict[str, Any]:
+def describe(stage: stage_lib.Stage) -> dict[str, Any]:
   """What a stage is, as far as its speed goes."""
   settings, model = stage.settings, stage.model_config
   keys = ("batch_size", "max_length", "max_images", "max_segments")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mole_jax.training import loop, losses, state
+from mole_jax.training import losses, state
+from mole_jax.training import stage as stage_lib
 
 _LAYERS = ("decoder/layers/", "vision/layers/")
 # What ends a residual branch starts small, as in the model.
@@ -21,7 +22,7 @@ _BRANCH_ENDS = ("o_proj", "down_proj", "out_proj", "fc2")
 
 
 def parameters(
-  stage: loop.Stage, seed: int = 0
+  stage: stage_lib.Stage, seed: int = 0
 ) -> tuple[state.TrainState, state.Flat]:
   """Trainable state and frozen parameters, as `Stage.start` returns them."""
   flat = maker(stage)(jax.random.key(seed))
@@ -32,7 +33,7 @@ def parameters(
   return state.TrainState(trainable, opt_state), frozen
 
 
-def maker(stage: loop.Stage) -> Callable[[Array], state.Flat]:
+def maker(stage: stage_lib.Stage) -> Callable[[Array], state.Flat]:
   """The jitted function from a key to all parameters of a stage, flat."""
   shapes = {**stage.trainable_shapes, **stage.frozen_shapes}
   places = {**stage.shardings["trainable"], **stage.shardings["frozen"]}
@@ -82,7 +83,7 @@ def scale(name: str, shape: tuple[int, ...]) -> float:
   return width
 
 
-def batch(stage: loop.Stage, seed: int = 0) -> dict[str, np.ndarray]:
+def batch(stage: stage_lib.Stage, seed: int = 0) -> dict[str, np.ndarray]:
   """A batch of full rows: every image slot used, random tokens and pixels.
 
   Rows are cut into as many segments as images are dealt to, one at least.

@@ -68,7 +68,7 @@ def write_base(
   entries: dict[str, dict[str, Any]] = {}
   part: dict[str, Any] = {}
   num_parts = 0
-  with ocp.StandardCheckpointer() as checkpointer:
+  with alone() as checkpointer:
 
     def flush() -> None:
       nonlocal num_parts
@@ -107,6 +107,21 @@ def write_base(
   values = {**(about or {}), "sha256": sha256, "parameters": entries}
   files.write_json(directory / BASE_FILE, values)
   return BaseReference(str(directory), sha256)
+
+
+def alone() -> ocp.StandardCheckpointer:
+  """Orbax for this process alone: of several, no other need take part."""
+  index = jax.process_index()
+  return ocp.StandardCheckpointer(multiprocessing_options=only_this(index))
+
+
+def only_this(index: int) -> ocp.options.MultiprocessingOptions:
+  """What keeps Orbax in process `index` from waiting for others."""
+  return ocp.options.MultiprocessingOptions(
+    primary_host=index,
+    active_processes={index},
+    barrier_sync_key_prefix=f"process{index}",
+  )
 
 
 def _num_bytes(leaves: Iterable[Any]) -> int:
@@ -224,7 +239,7 @@ class BaseReader:
     self, number: int, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]
   ) -> dict[str, np.ndarray]:
     wanted = {_key(name): np.empty(*shapes[name]) for name in shapes}
-    with ocp.StandardCheckpointer() as checkpointer:
+    with alone() as checkpointer:
       path = self.directory / "params" / f"{number:03d}"
       tree = checkpointer.restore(path, wanted)
     _trim_memory()

@@ -42,12 +42,16 @@ class StageCheckpoints:
     self, directory: pathlib.Path, max_checkpoints: int | None = None
   ):
     is_writer = max_checkpoints is not None
+    options = ocp.options.MultiprocessingOptions()
+    if not is_writer:  # One process may read while others do not.
+      options = base_lib.only_this(jax.process_index())
     self._manager = ocp.CheckpointManager(
       (directory / "checkpoints").absolute(),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=max_checkpoints,
         cleanup_tmp_directories=is_writer,
         read_only=not is_writer,
+        multiprocessing_options=options,
       ),
     )
 
@@ -113,7 +117,9 @@ class StepReader:
   ):
     self.shapes = dict(shapes)
     self._folder = step.absolute() / "trainable"
-    self._handler = ocp.PyTreeCheckpointHandler()
+    self._handler = ocp.PyTreeCheckpointHandler(
+      multiprocessing_options=base_lib.only_this(jax.process_index())
+    )
     tree = self._handler.metadata(self._folder).tree
     stored = {name: leaf.shape for name, leaf in state.flatten(tree).items()}
     wanted = {name: tuple(leaf.shape) for name, leaf in shapes.items()}

@@ -19,6 +19,7 @@ from mole_jax.data import (
   templates,
   tokenizer,
 )
+from mole_jax.parallel import processes
 from mole_jax.training import files, rundir
 
 # In a stage's folder.
@@ -81,8 +82,17 @@ def make_loader(
 def accounting(
   loader: pipeline.Loader, mixture_keys: Mapping[str, Any]
 ) -> dict[str, dict[str, object]]:
-  """What became of the records, by line of the mixture; it adds up."""
-  return dict(zip(mixture_keys, loader.accounting(), strict=True))
+  """What became of the records, by line of the mixture; it adds up.
+
+  Of several processes all must call it.
+  """
+  accounts = loader.accounting(processes.union(loader.failed()))
+  return dict(zip(mixture_keys, accounts, strict=True))
+
+
+def check_failures(loader: pipeline.Loader, max_skipped: float | int) -> None:
+  """Raises mixture.TooManySkipped, in all processes alike."""
+  loader.check_failures(max_skipped, processes.union(loader.failed()))
 
 
 def describe(
@@ -137,12 +147,15 @@ def check_unchanged(
 class FailureLog:
   """failed.jsonl of a stage: each record once, with the reason.
 
+  Every process writes of its own rows, the second to failed.1.jsonl.
   The loader of a resumed stage does not know what failed before, so the lines
   that are there are kept.
   """
 
   def __init__(self, folder: pathlib.Path):
     self._path = folder / FAILED_FILE
+    if jax.process_index():
+      self._path = self._path.with_suffix(f".{jax.process_index()}.jsonl")
     self._lines: dict[tuple[str, int], str] = {}
     if self._path.exists():
       text = self._path.read_text("utf-8")

@@ -76,7 +76,7 @@ def step_flops_by_part(
   Args:
     config: the model of the stage (adapters as that stage has them).
     trainable_names: paths of what is trained, such as the keys of
-      `loop.Stage.trainable_shapes`; the rest is frozen.
+      `stage.Stage.trainable_shapes`; the rest is frozen.
     batch_size: rows.
     max_length: tokens in a row, images included.
     max_images: image slots in a row; 0 for text alone.

@@ -60,18 +60,12 @@ class Window:
     """Adds time in which nothing was done but to wait for a batch."""
     self._waited += seconds
 
-  def add(
-    self,
-    metrics: dict[str, np.ndarray],
-    num_tokens: int,
-    num_positions: int,
-    num_failed: int,
-  ) -> None:
-    """Adds one step; tokens are those that are no padding."""
+  def add(self, metrics: dict[str, np.ndarray], num_positions: int) -> None:
+    """Adds one step's metrics; positions are tokens and padding."""
     self._steps.append(metrics)
-    self._num_tokens += num_tokens
+    self._num_tokens += int(metrics["num_tokens"])
     self._num_positions += num_positions
-    self._num_failed += num_failed
+    self._num_failed += int(metrics["num_failed"])
 
   def __len__(self) -> int:
     return len(self._steps)
@@ -131,6 +125,22 @@ def scalars(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     elif value is not None:
       flat[name] = float(value)
   return flat
+
+
+class NoWriter:
+  """Takes the place of `Writer` in all processes but the first."""
+
+  def __init__(self, directory: pathlib.Path, start_step: int):
+    del directory, start_step
+
+  def __enter__(self) -> "NoWriter":
+    return self
+
+  def __exit__(self, *_) -> None:
+    pass
+
+  def write(self, step: int, row: dict[str, Any]) -> None:
+    """The first process writes the same row."""
 
 
 class Writer:

@@ -14,6 +14,9 @@ from mole_jax.training import losses, state
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+# What each process tells all others with a batch: rows that failed to load,
+# and whether it was asked to stop.
+SIGNALS = ("num_failed", "num_stopping")
 
 
 def normalise(
@@ -145,7 +148,9 @@ def make_train_step(
         "grad_norm": grad_norm,
         "learning_rate": schedule(step),
         "is_finite": is_finite,
-      },
+        "num_tokens": jnp.sum(batch["segment_ids"] > 0),
+      }
+      | dict(zip(SIGNALS, batch["signals"].sum(0), strict=True)),
     )
 
   return train_step
@@ -201,7 +206,7 @@ def batch_shapes(
   image_size: int,
   features: jax.ShapeDtypeStruct | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and types of what the data pipeline hands to a step.
+  """Shapes and types of a batch, as `loop.to_devices` sends it.
 
   `features` are those of one image, if they take the place of pixels.
   """
@@ -219,4 +224,5 @@ def batch_shapes(
     "segment_ids": tokens,
     "images" if features is None else "features": pictures,
     "domains": jax.ShapeDtypeStruct((batch_size, max_segments), jnp.int32),
+    "signals": jax.ShapeDtypeStruct((batch_size, len(SIGNALS)), jnp.int32),
   }

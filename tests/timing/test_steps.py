@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mole_jax.timing import profile, steps, synthetic
-from mole_jax.training import flops, metrics, state
+from mole_jax.training import flops, loop, metrics, state
 from tests.training import small_run
 
 
@@ -59,7 +59,7 @@ def test_a_run_trains_as_the_step_itself_does(stage, compiled):
 
 def batches_of(stage):
   for batch in steps.synthetic_batches(stage):
-    yield jax.device_put(batch, stage.shardings["batch"])
+    yield loop.to_devices(batch, stage.shardings["batch"])
 
 
 def test_a_report_follows_from_its_timings(stage):

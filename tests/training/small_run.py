@@ -15,6 +15,7 @@ from mole_jax.data.tokenizer import Tokenizer
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.training import base as base_lib
 from mole_jax.training import loop, rundir
+from mole_jax.training import stage as stage_lib
 from tests.data import in_memory
 from tests.models import small
 
@@ -158,7 +159,9 @@ def make_base(config):
 def make_stage(config, name, num_devices=1):
   """A stage on the first devices."""
   devices = jax.devices()[:num_devices]
-  return loop.Stage(config, name, mesh_lib.make_mesh(config["mesh"], devices))
+  return stage_lib.Stage(
+    config, name, mesh_lib.make_mesh(config["mesh"], devices)
+  )
 
 
 def train(config, name, run, text, base=None, reference=None, **kwargs):

@@ -10,6 +10,7 @@ from mole_jax.data import images
 from mole_jax.models import vision
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.training import features, loop, state, step
+from mole_jax.training import stage as stage_lib
 from tests.data import in_memory
 from tests.training import small_run
 
@@ -53,7 +54,7 @@ def gradients(config, base, text, stores, num_batches):
   """Loss and gradients of the first step on each of some batches."""
   devices = jax.devices()[:1]
   mesh = mesh_lib.make_mesh(config["mesh"], devices)
-  stage = loop.Stage(config, "mole", mesh)
+  stage = stage_lib.Stage(config, "mole", mesh)
   # Hands out the gradients as its new state.
   spy = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -69,7 +70,7 @@ def gradients(config, base, text, stores, num_batches):
     num_segments=config["stages"]["mole"]["max_segments"],
     image_mean=config["data"]["image_mean"],
     image_std=config["data"]["image_std"],
-    chunk_tokens=loop.CHUNK_TOKENS,
+    chunk_tokens=stage_lib.CHUNK_TOKENS,
     seed=0,
   )
   (trainable, _), frozen = stage.start(0, base)
@@ -81,12 +82,11 @@ def gradients(config, base, text, stores, num_batches):
   loader = small_run.make_loader(config, "mole", text, BAD, stores)
   compiled = jax.jit(train_step)
   for number in range(num_batches):
-    batch = loader.batch(number)
-    num_failed = batch.pop("num_failed")
+    batch = loop.to_devices(loader.batch(number), stage.shardings["batch"])
     _, grads, values = compiled(
       trainable, frozen, spy.init(trainable), batch, 0
     )
-    yield values, grads, num_failed
+    yield values, grads, values["num_failed"]
 
 
 def test_loss_and_gradients_are_those_of_pixels(text, tmp_path):

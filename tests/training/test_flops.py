@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mole_jax.models import llava
-from mole_jax.training import flops, loop, state, step
+from mole_jax.training import flops, state, step
+from mole_jax.training import stage as stage_lib
 from tests.models import small
 from tests.training import small_run
 
@@ -137,7 +138,9 @@ def test_llava_7b_costs_about_28_gflop_a_token():
 
 def test_it_is_what_the_traced_step_multiplies():
   # As many positions as the loss takes at once, so that nothing is padded.
-  values = small_run.make_config(max_length=loop.CHUNK_TOKENS, batch_size=2)
+  values = small_run.make_config(
+    max_length=stage_lib.CHUNK_TOKENS, batch_size=2
+  )
   stage = small_run.make_stage(values, "base")
   shapes, settings = stage.state_shapes(), stage.settings
   size = [settings[key] for key in ("batch_size", "max_length", "max_images")]
