@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import types
 
 import jax
 import numpy as np
@@ -32,14 +33,25 @@ def test_compilation_is_timed_with_an_empty_cache_and_a_full_one(compiled):
   assert set(compiled.seconds) == {"cold", "warm"}
   assert compiled.seconds["cold"] > compiled.seconds["warm"] > 0
   assert jax.config.jax_compilation_cache_dir == before
-  memory = compiled.memory
-  assert memory["total_gib"] == pytest.approx(
-    memory["arguments_gib"]
-    + memory["outputs_gib"]
-    + memory["temporaries_gib"]
-    + memory["code_gib"]
-    - memory["donated_gib"],
-    abs=0.003,
+  assert compiled.memory["total_gib"] > 0
+
+
+def test_predicted_memory_counts_donated_arguments_once():
+  sizes = {
+    "argument_size_in_bytes": 8 * 2**30,
+    "output_size_in_bytes": 3 * 2**30,
+    "alias_size_in_bytes": 2 * 2**30,
+    "temp_size_in_bytes": 4 * 2**30,
+    "generated_code_size_in_bytes": 0,
+  }
+  program = types.SimpleNamespace(
+    memory_analysis=lambda: types.SimpleNamespace(**sizes)
+  )
+  # Outputs of 3, of which 2 lie in arguments.
+  assert steps.predicted_memory(program)["total_gib"] == 8 + 1 + 4
+  assert (
+    steps.predicted_memory(types.SimpleNamespace(memory_analysis=lambda: None))
+    is None
   )
 
 
