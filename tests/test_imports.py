@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "mole_jax"
 ALLOWED = {
   "reporting": {"reporting"},
   "interop": {"interop", "training", "models", "data"},
+  "compiled": {"compiled", "training", "models", "parallel"},
   "training": {"training", "models", "parallel", "data"},
   "timing": {"timing", "inference", "training", "models", "parallel", "data"},
   "inference": {"inference", "training", "models", "parallel", "data"},

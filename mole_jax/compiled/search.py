@@ -1,0 +1,82 @@
+"""Tries meshes and rematerialisation policies, for the fastest that fits."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mole_jax.compiled import report, topologies
+from mole_jax.models import llava
+
+# What is kept for the backward pass, most first: the first that fits
+# recomputes least.
+POLICIES = ("none", "named", "full")
+
+
+def meshes(
+  num_devices: int, model: llava.LlavaConfig, batch_size: int
+) -> Iterator[dict[str, int]]:
+  """Meshes that fill `num_devices` and deal the batch evenly.
+
+  Those that talk least come first: copies of the model before shards of it,
+  shards before cut widths.
+  """
+  sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+  heads = math.gcd(model.decoder.num_heads, model.decoder.num_kv_heads)
+  found = []
+  for tensor, fsdp in itertools.product(sizes, sizes):
+    data, rest = divmod(num_devices, tensor * fsdp)
+    if rest or heads % tensor or tensor > 8 or batch_size % (data * fsdp):
+      continue
+    if model.decoder.hidden_size % fsdp:
+      continue
+    found.append(dict(data=data, fsdp=fsdp, expert=1, tensor=tensor))
+  return iter(sorted(found, key=lambda m: (m["tensor"], m["fsdp"])))
+
+
+def search(
+  config: Mapping[str, Any],
+  stage: str,
+  target: topologies.Target,
+  candidates: Iterator[Mapping[str, int]],
+  held_bytes: Callable[[Mapping[str, int]], int],
+  on_report: Callable[[report.Report], None],
+  max_meshes: int,
+) -> report.Report | None:
+  """The report of the fastest candidate that fits; None if none does.
+
+  A mesh on which parameters alone do not fit is not compiled. Every report
+  goes to `on_report` as it comes: a compilation takes minutes.
+  """
+  chip = target.accelerator.chip
+  hbm = chip.hbm_bytes // chip.topology_devices
+  best, tried = None, 0
+  for mesh in candidates:
+    if hbm and held_bytes(mesh) > 0.9 * hbm:
+      continue
+    if tried == max_meshes:
+      break
+    tried += 1
+    for policy in _in_turn(config, stage, target, mesh, on_report):
+      if policy.fits and not policy.findings and _is_better(policy, best):
+        best = policy
+  return best
+
+
+def _in_turn(config, stage, target, mesh, on_report) -> Iterator[report.Report]:
+  """ "named" first: if it fits "none" may, and if not only "full" can."""
+  found = _make(config, stage, target, mesh, "named")
+  on_report(found)
+  yield found
+  found = _make(config, stage, target, mesh, "none" if found.fits else "full")
+  on_report(found)
+  yield found
+
+
+def _make(config, stage, target, mesh, policy) -> report.Report:
+  model = {**config["model"], "remat": policy}
+  return report.make({**config, "model": model}, stage, target, mesh)
+
+
+def _is_better(one: report.Report, best: report.Report | None) -> bool:
+  return best is None or one.tokens_per_second > best.tokens_per_second
