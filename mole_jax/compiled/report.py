@@ -19,7 +19,8 @@ from mole_jax.compiled import (
   work,
 )
 from mole_jax.parallel import mesh as mesh_lib
-from mole_jax.training import flops, loop
+from mole_jax.training import flops
+from mole_jax.training import stage as stage_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def make(
       divide.
   """
   mesh = mesh_lib.make_mesh(sizes, topologies.devices(target))
-  stage = loop.Stage(config, stage_name, mesh)
+  stage = stage_lib.Stage(config, stage_name, mesh)
   chip = target.accelerator.chip
   hbm = chip.hbm_bytes // chip.topology_devices
   began = time.perf_counter()
@@ -204,7 +205,7 @@ def _row_shards(mesh: jax.sharding.Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
 
 
-def _optimizer_bytes(stage: loop.Stage) -> int:
+def _optimizer_bytes(stage: stage_lib.Stage) -> int:
   leaves = jax.tree.leaves(stage.state_shapes().opt_state)
   shapes = {str(i): leaf for i, leaf in enumerate(leaves)}
   return memory.shard_bytes(shapes, {k: v.sharding for k, v in shapes.items()})
@@ -217,7 +218,9 @@ def _xla_flops(compiled: jax.stages.Compiled) -> float | None:
   return value if value > 0 else None
 
 
-def _expected(stage: loop.Stage, mesh: jax.sharding.Mesh) -> checks.Expected:
+def _expected(
+  stage: stage_lib.Stage, mesh: jax.sharding.Mesh
+) -> checks.Expected:
   model, settings = stage.model_config, stage.settings
   rows = settings["batch_size"] // _row_shards(mesh)
   widths = (model.decoder.hidden_size, model.decoder.intermediate_size)

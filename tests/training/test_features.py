@@ -116,6 +116,7 @@ def test_six_steps_have_the_losses_of_pixels(text, tmp_path, num_devices):
   if num_devices == 8:
     for each in (config, plain):
       each["mesh"] = dict(data=2, fsdp=2, expert=1, tensor=2)
+      each["model"]["decoder"]["num_kv_heads"] = 2
   base = small_run.make_base(config)
   stores = make_stores(config, base, tmp_path, num_devices)
   run = lambda config, name, **kwargs: small_run.train(
