@@ -115,17 +115,17 @@ def run_stage(
     pending = None
     began = time.perf_counter()
 
-    def finish(pending) -> bool:
-      """Reads a step's metrics; by now the next step is on its way.
+    is_told = False  # By a step's metrics, that some process was asked to stop.
 
-      Returns whether some process was asked to stop.
-      """
+    def finish(pending) -> None:
+      """Reads a step's metrics; by now the next step is on its way."""
+      nonlocal is_told
       number, values = pending
       values = jax.device_get(values)
       if not values["is_finite"]:
         raise metrics.NonFiniteLossError(stage.name, number)
       window.add(values, num_positions)
-      return bool(values["num_stopping"])
+      is_told |= bool(values["num_stopping"])
 
     open_writer = metrics.Writer if processes.is_first() else metrics.NoWriter
     with open_writer(directory, start) as writer:
@@ -143,9 +143,9 @@ def run_stage(
         )
         # Several processes stop at a step that all of them know of; one alone
         # need not wait for the step that tells it.
-        is_stopping = is_asked and jax.process_count() == 1
         if pending is not None:
-          is_stopping |= finish(pending)
+          finish(pending)
+        is_stopping = is_told or (is_asked and jax.process_count() == 1)
         pending = (number, values)
         on_step(number)
         is_last = number == end or is_stopping
