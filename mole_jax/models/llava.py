@@ -205,15 +205,16 @@ class Llava(nn.Module):
     keep_inputs: bool = False,
     features: Float[Array, "B M P C"] | None = None,
   ) -> Output:
-    """Runs packed rows; segment 0 is padding, behind all segments.
+    """Runs packed rows; segment 0 is padding, which is never counted.
 
     Images are normalised floats, in order of appearance in their row; with
     `features`, what the tower made of them, its parameters are not needed.
     `keep_inputs` is for comparisons: see `Decoder`.
     """
-    mask = None
-    if num_segments > 1:
-      mask = attention.causal_segment_mask(segment_ids)
+    # Rows of one segment that the data pipeline made have their padding behind
+    # it, where no token looks; others may have it in front.
+    is_plain = is_training and num_segments == 1
+    mask = None if is_plain else attention.causal_segment_mask(segment_ids)
     segments = segment_members(segment_ids, num_segments)
     x = self.embed(input_ids, pixel_values, features)
     output = self.decoder(
