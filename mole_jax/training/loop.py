@@ -111,10 +111,8 @@ def run_stage(
     batches = loader.iterate(start)
     failures = feed.FailureLog(directory)
     window = metrics.Window(config["data"]["domains"])
-    num_positions = settings["batch_size"] * settings["max_length"]
     pending = None
     began = time.perf_counter()
-
     is_told = False  # By a step's metrics, that some process was asked to stop.
 
     def finish(pending) -> None:
@@ -124,7 +122,7 @@ def run_stage(
       values = jax.device_get(values)
       if not values["is_finite"]:
         raise metrics.NonFiniteLossError(stage.name, number)
-      window.add(values, num_positions)
+      window.add(values)
       is_told |= bool(values["num_stopping"])
 
     open_writer = metrics.Writer if processes.is_first() else metrics.NoWriter

@@ -60,11 +60,11 @@ class Window:
     """Adds time in which nothing was done but to wait for a batch."""
     self._waited += seconds
 
-  def add(self, metrics: dict[str, np.ndarray], num_positions: int) -> None:
+  def add(self, metrics: dict[str, np.ndarray]) -> None:
     """Adds one step's metrics; positions are tokens and padding."""
     self._steps.append(metrics)
     self._num_tokens += int(metrics["num_tokens"])
-    self._num_positions += num_positions
+    self._num_positions += int(metrics["num_positions"])
     self._num_failed += int(metrics["num_failed"])
 
   def __len__(self) -> int:

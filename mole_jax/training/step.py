@@ -149,6 +149,8 @@ def make_train_step(
         "learning_rate": schedule(step),
         "is_finite": is_finite,
         "num_tokens": jnp.sum(batch["segment_ids"] > 0),
+        # Rows may be shorter than config says: see the grouped schedule.
+        "num_positions": batch["segment_ids"].size,
       }
       | dict(zip(SIGNALS, batch["signals"].sum(0), strict=True)),
     )

@@ -127,6 +127,23 @@ def test_a_non_finite_gradient_leaves_parameters_untouched(text):
   jax.tree.map(np.testing.assert_array_equal, (new, new_opt), before)
 
 
+def test_padding_is_counted_of_rows_as_long_as_they_are(text):
+  """Batches of grouped samples are cut: shorter than max_length."""
+  config = small_run.make_config()
+  stage = small_run.make_stage(config, "base")
+  (trainable, opt_state), frozen = stage.start(0, None)
+  batch = small_run.make_loader(config, "base", text).batch(0)
+  names = ("input_ids", "labels", "positions", "segment_ids")
+  batch |= {name: batch[name][:, :48] for name in names}
+  sent = loop.to_devices(batch, stage.shardings["batch"])
+  *_, values = stage.train_step(trainable, frozen, opt_state, sent, np.int32(0))
+  window = metrics.Window(config["data"]["domains"])
+  window.add(jax.device_get(values))
+  num_tokens = (batch["segment_ids"] > 0).sum()
+  padding = window.summary(1.0)["padding_share"]
+  assert padding == pytest.approx(1 - num_tokens / (4 * 48))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_rerun_goes_on(number, text, tmp_path):
   config = small_run.make_config()
