@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from rich import console as rich_console
 
 from mole_jax.compiled import report, search, terminal, topologies
+from mole_jax.parallel import accelerators
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.training import command_line, state
 
@@ -117,7 +118,7 @@ def _search(
   held = frozen * item + trainable * 12
 
   def show(found: report.Report) -> None:
-    mesh = " x ".join(f"{k}={v}" for k, v in found.mesh.items() if v > 1)
+    mesh = accelerators.mesh_text(found.mesh)
     console.print(
       f"{mesh or 'one device'}, remat {found.remat}: "
       f"{found.needed_bytes / 2**30:.1f} GiB"

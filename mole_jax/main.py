@@ -67,14 +67,10 @@ def main(argv: Sequence[str]) -> int:
   except (command_line.UsageError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  is_first = processes.is_first()
-  console.quiet = not is_first
+  console.quiet = not processes.is_first()
   try:
     with contextlib.ExitStack() as stack:
-      lock = rundir.Lock(run)
-      processes.first_then_all(
-        lambda: stack.enter_context(lock) if processes.is_first() else None
-      )
+      _in_first(stack.enter_context, rundir.Lock(run))
       return _run(config, run)
   except processes.FirstFailedError:
     return 2
@@ -192,7 +188,7 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
         steps[-1] if steps else 0,
         is_change_accepted=_ACCEPT_DATA_CHANGE.value,
       )
-      if tower is not None and stores is not None:
+      if stores is not None:
         with progress.Progress(console) as bar:
           tower.make(stores, console.print, bar.see_images)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Every collective of a compiled program: kind, bytes, loop and mesh axes."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -72,9 +73,7 @@ def find(program: hlo.Program, mesh: Mapping[str, int]) -> list[Collective]:
     program: a parsed program.
     mesh: sizes of the mesh axes by name, in the order of the mesh.
   """
-  num_devices = 1
-  for size in mesh.values():
-    num_devices *= size
+  num_devices = math.prod(mesh.values())
   found = []
   for name, line, context in hlo.walk(program):
     for kind, inner, arrays, is_async in _collectives_in(program, line, name):

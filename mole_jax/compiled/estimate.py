@@ -20,18 +20,6 @@ import numpy as np
 from mole_jax.compiled import collectives, work
 from mole_jax.parallel import accelerators
 
-# Cloud TPU documentation, pages v4, v5e, v5p, v6e and tpu7x; NVIDIA's data
-# sheets of A100 80GB SXM, H100 SXM and H200 SXM.
-HBM_BYTES_PER_SECOND = {
-  "v4": 1228e9,
-  "v5e": 819e9,
-  "v5p": 2765e9,
-  "v6e": 1640e9,
-  "tpu7x": 7380e9,
-  "a100": 2039e9,
-  "h100": 3350e9,
-  "h200": 4800e9,
-}
 # 2 x 128 x 128 FLOPs a cycle of each matrix unit, times this, are the peak: by
 # XLA:TPU's cycles its best products reach 97% of it (v5p, 7B).
 CLOCK_HZ = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
@@ -71,7 +59,7 @@ def step_estimate(
   if not chip.peak_flops:
     return Estimate(0.0, 0.0, 0.0)
   share = chip.topology_devices
-  peak, hbm = chip.peak_flops / share, HBM_BYTES_PER_SECOND[chip.name] / share
+  peak, hbm = chip.peak_flops / share, chip.hbm_bytes_per_second / share
   clock = CLOCK_HZ.get(chip.name, math.inf)
   compute = sum(
     max(one.flops / peak, one.hbm_bytes / hbm, one.cycles / clock)

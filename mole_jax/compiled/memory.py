@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -36,8 +37,8 @@ class Memory:
     )
 
 
-def measure(compiled: jax.stages.Compiled) -> Memory:
-  """Reads `memory_analysis()`."""
+def measure(compiled: Any) -> Memory:
+  """Reads `memory_analysis()` of a compiled program."""
   found = compiled.memory_analysis()
   return Memory(
     arguments=found.argument_size_in_bytes,
@@ -49,8 +50,6 @@ def measure(compiled: jax.stages.Compiled) -> Memory:
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
 _NUMBER = r"([\d.]+)([KMGT]?)"
 _REFUSALS = (
   rf"Used {_NUMBER} of {_NUMBER} hbm",

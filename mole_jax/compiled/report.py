@@ -1,7 +1,6 @@
 """Compiles a stage's step for a target and says what came out."""
 
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from mole_jax.compiled import (
   work,
 )
 from mole_jax.parallel import mesh as mesh_lib
-from mole_jax.training import flops
 from mole_jax.training import stage as stage_lib
 
 
@@ -121,8 +119,7 @@ def make(
   """
   mesh = mesh_lib.make_mesh(sizes, topologies.devices(target))
   stage = stage_lib.Stage(config, stage_name, mesh)
-  chip = target.accelerator.chip
-  hbm = chip.hbm_bytes // chip.topology_devices
+  chip, hbm = target.accelerator.chip, target.hbm_bytes
   began = time.perf_counter()
   compiled, needed = None, 0
   try:
@@ -134,6 +131,7 @@ def make(
     needed, hbm = found
   seconds = time.perf_counter() - began
   settings = stage.settings
+  rows = settings["batch_size"] // mesh_lib.num_row_shards(mesh)
   held = {
     "trainable_bytes": memory.shard_bytes(
       stage.trainable_shapes, stage.shardings["trainable"]
@@ -157,9 +155,8 @@ def make(
     guess = estimate.step_estimate(
       done, found, chip, dict(mesh.shape), mesh.devices
     )
-    wrong = checks.check(program, found, _expected(stage, mesh))
+    wrong = checks.check(program, found, _expected(stage, rows))
     xla_flops = _xla_flops(compiled)
-  rows = settings["batch_size"] // _row_shards(mesh)
   return Report(
     config=f"{config['name']}:{config['variant']}",
     stage=stage_name,
@@ -181,13 +178,7 @@ def make(
       fsdp=mesh.shape["fsdp"],
       num_devices=mesh.size,
     ),
-    formula_flops=flops.step_flops(
-      stage.model_config,
-      stage.trainable_shapes,
-      settings["batch_size"],
-      settings["max_length"],
-      settings["max_images"],
-    ),
+    formula_flops=sum(stage.flops_by_part().values()),
     work=done,
     xla_flops=xla_flops,
     collectives=collectives.summarise(found),
@@ -199,10 +190,6 @@ def make(
     ),
     compile_seconds=seconds,
   )
-
-
-def _row_shards(mesh: jax.sharding.Mesh) -> int:
-  return math.prod(mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
 
 
 def _optimizer_bytes(stage: stage_lib.Stage) -> int:
@@ -218,13 +205,11 @@ def _xla_flops(compiled: jax.stages.Compiled) -> float | None:
   return value if value > 0 else None
 
 
-def _expected(
-  stage: stage_lib.Stage, mesh: jax.sharding.Mesh
-) -> checks.Expected:
+def _expected(stage: stage_lib.Stage, rows: int) -> checks.Expected:
+  """`rows` of the batch are on a device."""
   model, settings = stage.model_config, stage.settings
-  rows = settings["batch_size"] // _row_shards(mesh)
   widths = (model.decoder.hidden_size, model.decoder.intermediate_size)
-  cut = tuple(width // mesh.shape["tensor"] for width in widths)
+  cut = tuple(width // stage.mesh.shape["tensor"] for width in widths)
   return checks.Expected(
     stage.trainable_shapes,
     stage.frozen_shapes,

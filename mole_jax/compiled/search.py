@@ -48,8 +48,7 @@ def search(
   A mesh on which parameters alone do not fit is not compiled. Every report
   goes to `on_report` as it comes: a compilation takes minutes.
   """
-  chip = target.accelerator.chip
-  hbm = chip.hbm_bytes // chip.topology_devices
+  hbm = target.hbm_bytes
   best, tried = None, 0
   for mesh in candidates:
     if hbm and held_bytes(mesh) > 0.9 * hbm:

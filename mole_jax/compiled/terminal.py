@@ -6,13 +6,14 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from mole_jax.compiled import collectives, report
+from mole_jax.parallel import accelerators
 
 MOST = 8  # Findings to print.
 
 
 def show(found: report.Report, console: rich_console.Console) -> None:
   """Prints a report."""
-  mesh = " x ".join(f"{k}={v}" for k, v in found.mesh.items() if v > 1)
+  mesh = accelerators.mesh_text(found.mesh)
   console.print(
     f"[bold]{found.config}[/], stage {found.stage}, on {found.topology}: mesh "
     f"{mesh or 'of one device'}, batch {found.batch_size} x "

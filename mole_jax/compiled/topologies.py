@@ -46,12 +46,18 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
 """
+
+
+def _rate(name: str) -> int:
+  return int(accelerators.chip(name).hbm_bytes_per_second)
+
+
 CARDS = {
   "h100": _HOPPER.format(
-    bandwidth=3350 * 10**9, memory=80 * 2**30, name="NVIDIA H100 80GB HBM3"
+    bandwidth=_rate("h100"), memory=80 * 2**30, name="NVIDIA H100 80GB HBM3"
   ),
   "h200": _HOPPER.format(
-    bandwidth=4800 * 10**9, memory=140 * 2**30, name="NVIDIA H200"
+    bandwidth=_rate("h200"), memory=140 * 2**30, name="NVIDIA H200"
   ),
 }
 
@@ -72,6 +78,12 @@ class Target:
     """That a compile-only topology lists."""
     chip = self.accelerator.chip
     return self.accelerator.chips * chip.topology_devices
+
+  @property
+  def hbm_bytes(self) -> int:
+    """Of one of these devices."""
+    chip = self.accelerator.chip
+    return chip.hbm_bytes // chip.topology_devices
 
   def sizes(self) -> dict[str, int]:
     """The default mesh; further devices are copies."""

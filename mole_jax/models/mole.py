@@ -9,6 +9,7 @@ Einsum axes: see lora.py. Rows (axis "N" below) are tokens, flattened.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -180,16 +181,22 @@ def gather_experts(
   lora_b: Float[Array, "E R F"],
   weights: Float[Array, "N E"],
   plan: permutation.Plan,
+  added_along: str | None = None,
 ) -> Float[Array, "N F"]:
   """Rows sorted by expert into blocks, one low-rank product a block.
 
-  Drops nothing: the last block of each expert is padded with zero rows.
+  Drops nothing: the last block of each expert is padded with zero rows. Where
+  devices have parts of D each they add up z, R wide, along a mesh axis.
   """
+  alike = activations.varying_alike
   chosen_weights = jnp.take_along_axis(weights, plan.chosen, axis=1)
-  rows = permutation.dispatch(x, plan)
-  z = grouped.grouped_product(rows, lora_a, plan)
+  x, lora_a = alike(x, lora_a)
+  z = grouped.grouped_product(permutation.dispatch(x, plan), lora_a, plan)
+  if added_along is not None:
+    z = jax.lax.psum(z, added_along)
+  z, lora_b = alike(z, lora_b)
   outputs = grouped.grouped_product(z, lora_b, plan)
-  return permutation.combine(outputs, chosen_weights, plan)
+  return permutation.combine(*alike(outputs, chosen_weights), plan)
 
 
 def gather_experts_on_mesh(
@@ -200,32 +207,16 @@ def gather_experts_on_mesh(
   plan: permutation.Plan,
   is_input_cut: bool,
 ) -> Float[Array, "N F"]:
-  """`gather_experts` of each device's own rows, by a plan of those alone.
+  """`gather_experts` by each device, of its own rows, by a plan of those.
 
-  Experts are gathered: at LoRA's size that is far less than the rows. Along
-  `tensor` D is cut (`is_input_cut`), or else F: devices add up z, R wide.
+  Experts are gathered: at LoRA's size that is far less than the rows. `tensor`
+  cuts D (`is_input_cut`), or else F.
   """
   rows, cut = activations.ROWS, "tensor"
-  alike = activations.varying_alike
-
-  def local(x, lora_a, lora_b, weights, plan):
-    chosen_weights = jnp.take_along_axis(weights, plan.chosen, axis=1)
-    x, lora_a = alike(x, lora_a)
-    z = grouped.grouped_product(permutation.dispatch(x, plan), lora_a, plan)
-    if is_input_cut:
-      z = jax.lax.psum(z, cut)
-    z, lora_b = alike(z, lora_b)
-    outputs = grouped.grouped_product(z, lora_b, plan)
-    return permutation.combine(*alike(outputs, chosen_weights), plan)
-
   d, f = (cut, None) if is_input_cut else (None, cut)
-  in_specs = (
-    P(rows, d),
-    P(None, d, None),
-    P(None, None, f),
-    P(rows),
-    P(rows),
-  )
+  in_specs = (P(rows, d), P(None, d), P(None, None, f), P(rows), P(rows))
+  is_cut = is_input_cut and activations.current() is not None
+  local = functools.partial(gather_experts, added_along=cut if is_cut else None)
   apply = activations.per_device(local, in_specs, P(rows, f))
   return apply(x, lora_a, lora_b, weights, plan)
 
@@ -340,8 +331,6 @@ class ExpertsLinear(nn.Module):
       delta = loop_experts(*args)
     elif dispatch == "masked":
       delta = masked_experts(*args)
-    elif activations.current() is None:
-      delta = gather_experts(*args, plan)
     else:
       delta = gather_experts_on_mesh(*args, plan, self.is_input_cut)
     return y + delta.reshape(y.shape)

@@ -31,6 +31,7 @@ class Chip:
   hbm_bytes: int
   peak_flops: float  # bfloat16, dense.
   ici_bytes_per_second: float
+  hbm_bytes_per_second: float = 0.0
   cores: int = 1  # As gcloud counts them.
   devices: int = 1  # That JAX sees on a machine.
   # That a compile-only topology lists: v4 is compiled for a TensorCore there,
@@ -47,6 +48,7 @@ CHIPS = (
   Chip(
     "v4",
     hbm_bytes=32 * GIB,  # [1]
+    hbm_bytes_per_second=1228e9,  # [1]
     peak_flops=275e12,  # [1]
     ici_bytes_per_second=300e9,  # [2]
     cores=2,
@@ -59,6 +61,7 @@ CHIPS = (
   Chip(
     "v5e",
     hbm_bytes=16 * GIB,  # [1]
+    hbm_bytes_per_second=819e9,  # [1]
     peak_flops=197e12,  # [1]
     ici_bytes_per_second=200e9,  # [1]: 400 both ways.
     gcloud="v5litepod",
@@ -69,6 +72,7 @@ CHIPS = (
   Chip(
     "v5p",
     hbm_bytes=95 * GIB,  # [1]
+    hbm_bytes_per_second=2765e9,  # [1]
     peak_flops=459e12,  # [1]
     ici_bytes_per_second=600e9,  # [1]: 1200 both ways.
     cores=2,
@@ -80,6 +84,7 @@ CHIPS = (
   Chip(
     "v6e",
     hbm_bytes=32 * GIB,  # [1]
+    hbm_bytes_per_second=1640e9,  # [1]
     peak_flops=918e12,  # [1]
     ici_bytes_per_second=400e9,  # [1]: 800 both ways.
     gcloud="v6e",
@@ -90,6 +95,7 @@ CHIPS = (
   Chip(
     "tpu7x",  # GKE only [1].
     hbm_bytes=192 * GIB,  # [1]
+    hbm_bytes_per_second=7380e9,  # [1]
     peak_flops=2307e12,  # [1]
     ici_bytes_per_second=600e9,  # [1]: 1200 both ways.
     cores=2,
@@ -99,9 +105,9 @@ CHIPS = (
     gke_machine="tpu7x-standard",
   ),
   # Memory as the driver shows it is about 1% less.
-  Chip("a100", 80 * GIB, 312e12, 300e9, platform="cuda"),  # [5]
-  Chip("h100", 80 * GIB, 989e12, 450e9, platform="cuda"),  # [5]
-  Chip("h200", 141 * GIB, 989e12, 450e9, platform="cuda"),  # [5]
+  Chip("a100", 80 * GIB, 312e12, 300e9, 2039e9, platform="cuda"),  # [5]
+  Chip("h100", 80 * GIB, 989.4e12, 450e9, 3350e9, platform="cuda"),  # [5]
+  Chip("h200", 141 * GIB, 989.4e12, 450e9, 4800e9, platform="cuda"),  # [5]
 )
 
 
@@ -176,16 +182,24 @@ class Accelerator:
     if self.cores_name:
       counted = "TensorCores" if self.chip.cores > 1 else "chips"
       names += f" ({self.cores_name} counts {counted})"
-    mesh = " x ".join(f"{k}={v}" for k, v in self.mesh().items() if v > 1)
     return (
       f"{names}: {self.chips} {what} on {self.hosts} host(s), "
-      f"mesh {mesh or 'of one device'}"
+      f"mesh {mesh_text(self.mesh()) or 'of one device'}"
     )
 
 
-def _rows(chip: str, *rows: tuple) -> tuple[Accelerator, ...]:
-  (found,) = [c for c in CHIPS if c.name == chip]
-  return tuple(Accelerator(found, *row) for row in rows)
+def mesh_text(sizes: Mapping[str, int]) -> str:
+  """ "data=4 x fsdp=16": the axes longer than one; "" where none is."""
+  return " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+
+
+def chip(name: str) -> Chip:
+  """The chip of a name; StopIteration where there is none."""
+  return next(chip for chip in CHIPS if chip.name == name)
+
+
+def _rows(name: str, *rows: tuple) -> tuple[Accelerator, ...]:
+  return tuple(Accelerator(chip(name), *row) for row in rows)
 
 
 _ONE, _FOUR, _EIGHT = (1, 1, 1), (2, 2, 1), (2, 4, 1)
@@ -194,51 +208,31 @@ _ONE, _FOUR, _EIGHT = (1, 1, 1), (2, 2, 1), (2, 4, 1)
 # weights over 64 devices in one dimension; on v5p 4x4x4 that becomes an
 # all-reduce, twice the traffic, and (4, 16) gathers. So the tori of three
 # dimensions have at most 16 on `fsdp`, and nothing has more than 64.
+_TORUS_3D = (
+  ("2x2x1", _FOUR, 1, 4),
+  ("2x2x2", _FOUR, 1, 8),
+  ("2x2x4", _FOUR, 1, 16),
+  ("2x4x4", _FOUR, 2, 16),
+  ("4x4x4", _FOUR, 4, 16),
+  ("4x4x8", _FOUR, 8, 16),
+  ("4x8x8", _FOUR, 16, 16),
+  ("8x8x8", _FOUR, 32, 16),
+)
+_TORUS_2D = (
+  ("1x1", _ONE, 1, 1),
+  ("2x2", _FOUR, 1, 4),
+  ("2x4", _EIGHT, 1, 8),
+  ("4x4", _FOUR, 1, 16),
+  ("4x8", _FOUR, 1, 32),
+  ("8x8", _FOUR, 1, 64),
+  ("8x16", _FOUR, 2, 64),
+  ("16x16", _FOUR, 4, 64),
+)
 ACCELERATORS = (
-  *_rows(
-    "v4",
-    ("2x2x1", _FOUR, 1, 4),
-    ("2x2x2", _FOUR, 1, 8),
-    ("2x2x4", _FOUR, 1, 16),
-    ("2x4x4", _FOUR, 2, 16),
-    ("4x4x4", _FOUR, 4, 16),
-    ("4x4x8", _FOUR, 8, 16),
-    ("4x8x8", _FOUR, 16, 16),
-    ("8x8x8", _FOUR, 32, 16),
-  ),
-  *_rows(
-    "v5e",
-    ("1x1", _ONE, 1, 1),
-    ("2x2", _FOUR, 1, 4),
-    ("2x4", _EIGHT, 1, 8),
-    ("4x4", _FOUR, 1, 16),
-    ("4x8", _FOUR, 1, 32),
-    ("8x8", _FOUR, 1, 64),
-    ("8x16", _FOUR, 2, 64),
-    ("16x16", _FOUR, 4, 64),
-  ),
-  *_rows(
-    "v5p",
-    ("2x2x1", _FOUR, 1, 4),
-    ("2x2x2", _FOUR, 1, 8),
-    ("2x2x4", _FOUR, 1, 16),
-    ("2x4x4", _FOUR, 2, 16),
-    ("4x4x4", _FOUR, 4, 16),
-    ("4x4x8", _FOUR, 8, 16),
-    ("4x8x8", _FOUR, 16, 16),
-    ("8x8x8", _FOUR, 32, 16),
-  ),
-  *_rows(
-    "v6e",
-    ("1x1", _ONE, 1, 1),
-    ("2x2", _FOUR, 1, 4),
-    ("2x4", _EIGHT, 1, 8),
-    ("4x4", _FOUR, 1, 16),
-    ("4x8", _FOUR, 1, 32),
-    ("8x8", _FOUR, 1, 64),
-    ("8x16", _FOUR, 2, 64),
-    ("16x16", _FOUR, 4, 64),
-  ),
+  *_rows("v4", *_TORUS_3D),
+  *_rows("v5e", *_TORUS_2D),
+  *_rows("v5p", *_TORUS_3D),
+  *_rows("v6e", *_TORUS_2D),
   *_rows(
     "tpu7x",
     ("2x2x1", _FOUR, 1, 8),

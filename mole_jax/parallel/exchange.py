@@ -59,7 +59,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from mole_jax.parallel import activations, permutation
+from mole_jax.parallel import activations, mesh, permutation
 
 MOVES = ("auto", "tokens", "weights")
 TOKEN_MOVES = 4  # There and back, forward and backward.
@@ -89,9 +89,7 @@ def local_experts(num_experts: int, axis_size: int) -> int:
   """Experts a device holds; ValueError where the axis does not divide them."""
   if num_experts % axis_size == 0:
     return num_experts // axis_size
-  sizes = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-  below = [n for n in sizes if n < axis_size]
-  above = [n for n in sizes if n > axis_size]
+  below, above = mesh.divisors_around(num_experts, axis_size)
   nearest = below[-1:] + above[:1] if above else below[-2:]
   raise ValueError(
     f"num_experts={num_experts} must be divisible by the {axis_size} devices "

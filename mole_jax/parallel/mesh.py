@@ -9,10 +9,10 @@ The last axis changes fastest from device to device, so `tensor`, which speaks
 most, lies between neighbours; `data`, which speaks least, lies between slices.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -56,10 +56,10 @@ def _resolve(sizes: Mapping[str, int], num_devices: int) -> list[int]:
     raise ValueError(
       f"config.mesh={dict(sizes)}: sizes are positive, and at most one is -1."
     )
-  known = int(np.prod([size for size in shape if size != -1]))
+  known = math.prod(size for size in shape if size != -1)
   if -1 in shape and num_devices % known == 0:
     shape[shape.index(-1)] = num_devices // known
-  if -1 in shape or int(np.prod(shape)) != num_devices:
+  if -1 in shape or math.prod(shape) != num_devices:
     raise ValueError(
       f"config.mesh={dict(sizes)} does not fill {num_devices} device(s); the "
       "product of its sizes must equal that number (-1 takes what is left)."
@@ -69,7 +69,7 @@ def _resolve(sizes: Mapping[str, int], num_devices: int) -> list[int]:
 
 def num_row_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
   """Into how many parts the rows of a batch are dealt."""
-  return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
@@ -82,6 +82,12 @@ def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
       f"batch_size={batch_size} must be divisible by the {ways} devices on "
       f"mesh axes {BATCH_AXES}; use {' or '.join(map(str, nearest))}."
     )
+
+
+def divisors_around(count: int, size: int) -> tuple[list[int], list[int]]:
+  """Divisors of `count` below `size` and above it, each in order."""
+  fit = [n for n in range(1, count + 1) if count % n == 0]
+  return [n for n in fit if n < size], [n for n in fit if n > size]
 
 
 def check_divides(
@@ -97,10 +103,8 @@ def check_divides(
   counts = {name: count for name, count in counts.items() if count}
   if all(count % size == 0 for count in counts.values()):
     return
-  common = int(np.gcd.reduce(list(counts.values())))
-  fit = [n for n in range(1, common + 1) if common % n == 0]
-  below = [n for n in fit if n < size][-1:]
-  nearest = below + [n for n in fit if n > size][:1]
+  below, above = divisors_around(math.gcd(*counts.values()), size)
+  nearest = below[-1:] + above[:1]
   named = ", ".join(f"{name}={count}" for name, count in counts.items())
   raise ValueError(
     f"config.mesh.{axis}={size} must divide {named}; use "

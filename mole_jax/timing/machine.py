@@ -12,22 +12,23 @@ from typing import Any
 
 import jax
 
+from mole_jax.parallel import accelerators
+
 GIB = 2**30
 PACKAGES = ("mole_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
-# Dense bf16 FLOP/s of one JAX device, from the vendors' data sheets; the first
-# name that a device's kind contains. A PCIe H100 is clocked lower.
-PEAKS = (
-  ("H100 PCIe", 756e12),
-  ("H100", 989.4e12),
-  ("H200", 989.4e12),
-  ("A100", 312e12),
-  ("TPU v4", 275e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v6", 918e12),
+# What JAX calls a device -> its chip; the first that a device's kind contains.
+KINDS = (
+  ("H100", "h100"),
+  ("H200", "h200"),
+  ("A100", "a100"),
+  ("TPU v4", "v4"),
+  ("TPU v5 lite", "v5e"),
+  ("TPU v5e", "v5e"),
+  ("TPU v5", "v5p"),
+  ("TPU v6", "v6e"),
 )
+H100_PCIE_FLOPS = 756e12  # Clocked lower than the table's; NVIDIA's data sheet.
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -37,9 +38,12 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
   """
   if dtype != "bfloat16":
     return None
-  for name, peak in PEAKS:
-    if name.lower() in device_kind.lower():
-      return peak
+  if "h100 pcie" in device_kind.lower():
+    return H100_PCIE_FLOPS
+  for kind, name in KINDS:
+    if kind.lower() in device_kind.lower():
+      chip = accelerators.chip(name)
+      return chip.peak_flops / chip.devices
   return None
 
 

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from mole_jax.compiled import memory
 from mole_jax.timing import clock, machine, synthetic
-from mole_jax.training import flops, loop, metrics, state
+from mole_jax.training import loop, metrics, state
 from mole_jax.training import stage as stage_lib
 
 # Seconds from one finished step to the next are those of a running pipeline
@@ -70,21 +71,19 @@ def compile_step(
 
 def predicted_memory(compiled: Any) -> dict[str, float] | None:
   """What the compiler says that a step needs on each device, in GiB."""
-  analysis = compiled.memory_analysis()
-  if analysis is None:
+  if compiled.memory_analysis() is None:
     return None
+  found = memory.measure(compiled)
   sizes = {
-    "arguments": analysis.argument_size_in_bytes,
-    "outputs": analysis.output_size_in_bytes,
-    "donated": analysis.alias_size_in_bytes,
-    "temporaries": analysis.temp_size_in_bytes,
-    "code": analysis.generated_code_size_in_bytes,
+    "arguments": found.arguments,
+    "outputs": found.outputs,
+    "donated": found.aliased,
+    "temporaries": found.temporaries,
+    "code": found.code,
+    "total": found.peak,
   }
-  # Donated arguments are outputs too; the sum also has their own entry.
-  total = sum(sizes.values()) - 2 * sizes["donated"]
   return {
-    f"{name}_gib": round(size / machine.GIB, 3)
-    for name, size in {**sizes, "total": total}.items()
+    f"{name}_gib": round(size / machine.GIB, 3) for name, size in sizes.items()
   }
 
 
@@ -178,13 +177,7 @@ def report(
   settings, model = stage.settings, stage.model_config
   positions = settings["batch_size"] * settings["max_length"]
   median = seconds["median"]
-  step_flops = flops.step_flops(
-    model,
-    stage.trainable_shapes,
-    settings["batch_size"],
-    settings["max_length"],
-    settings["max_images"],
-  )
+  step_flops = sum(stage.flops_by_part().values())
   devices = list(stage.mesh.devices.flat)
   peak = machine.peak_flops(devices[0].device_kind, model.dtype)
   achieved = step_flops / median / len(devices)
@@ -204,9 +197,7 @@ def describe(stage: stage_lib.Stage) -> dict[str, Any]:
   settings, model = stage.settings, stage.model_config
   keys = ("batch_size", "max_length", "max_images", "max_segments")
   totals = np.sum(list(stage.counts.values()), axis=0)
-  by_part = flops.step_flops_by_part(
-    model, stage.trainable_shapes, *(settings[key] for key in keys[:3])
-  )
+  by_part = stage.flops_by_part()
   return {
     "stage": stage.name,
     **{key: settings[key] for key in keys},

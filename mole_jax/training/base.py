@@ -111,12 +111,12 @@ def write_base(
 
 def alone() -> ocp.StandardCheckpointer:
   """Orbax for this process alone: of several, no other need take part."""
+  return ocp.StandardCheckpointer(multiprocessing_options=only_this())
+
+
+def only_this() -> ocp.options.MultiprocessingOptions:
+  """What keeps Orbax in this process from waiting for others."""
   index = jax.process_index()
-  return ocp.StandardCheckpointer(multiprocessing_options=only_this(index))
-
-
-def only_this(index: int) -> ocp.options.MultiprocessingOptions:
-  """What keeps Orbax in process `index` from waiting for others."""
   return ocp.options.MultiprocessingOptions(
     primary_host=index,
     active_processes={index},

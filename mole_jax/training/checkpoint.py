@@ -44,7 +44,7 @@ class StageCheckpoints:
     is_writer = max_checkpoints is not None
     options = ocp.options.MultiprocessingOptions()
     if not is_writer:  # One process may read while others do not.
-      options = base_lib.only_this(jax.process_index())
+      options = base_lib.only_this()
     self._manager = ocp.CheckpointManager(
       (directory / "checkpoints").absolute(),
       options=ocp.CheckpointManagerOptions(
@@ -118,7 +118,7 @@ class StepReader:
     self.shapes = dict(shapes)
     self._folder = step.absolute() / "trainable"
     self._handler = ocp.PyTreeCheckpointHandler(
-      multiprocessing_options=base_lib.only_this(jax.process_index())
+      multiprocessing_options=base_lib.only_this()
     )
     tree = self._handler.metadata(self._folder).tree
     stored = {name: leaf.shape for name, leaf in state.flatten(tree).items()}

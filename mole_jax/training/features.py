@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from mole_jax.data import feature_writer, images
 from mole_jax.data import features as data_features
 from mole_jax.models import llava, vision
 from mole_jax.parallel import mesh as mesh_lib
-from mole_jax.parallel import sharding
+from mole_jax.parallel import processes, sharding
 from mole_jax.training import base as base_lib
 from mole_jax.training import state, step
 
@@ -97,10 +96,7 @@ class FrozenTower:
     mesh: jax.sharding.Mesh,
   ):
     if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      gather = lambda leaf: multihost_utils.process_allgather(leaf, tiled=True)
-      parameters = {name: gather(leaf) for name, leaf in parameters.items()}
+      parameters = {n: processes.on_host(p) for n, p in parameters.items()}
       sizes = {axis: 1 for axis in mesh_lib.AXES} | {"data": -1}
       mesh = mesh_lib.make_mesh(sizes, jax.local_devices())
     self._mesh = mesh
@@ -155,8 +151,7 @@ class FrozenTower:
     report: feature_writer.Report = lambda name, done, total: None,
   ) -> None:
     """Makes what is not there; as `feature_writer.make`."""
-    ways = [self._mesh.shape[axis] for axis in mesh_lib.BATCH_AXES]
-    batch_size = _IMAGES * int(np.prod(ways))
+    batch_size = _IMAGES * mesh_lib.num_row_shards(self._mesh)
     rows = sharding.batch_sharding(self._mesh)
     see = jax.jit(
       self._see, in_shardings=(self._shardings, rows), out_shardings=rows

@@ -12,7 +12,7 @@ from mole_jax.models import llava
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
-from mole_jax.training import features, optim, state, step
+from mole_jax.training import features, flops, optim, state, step
 
 # Positions whose logits exist at one time, in each row of a batch.
 CHUNK_TOKENS = 512
@@ -81,6 +81,18 @@ class Stage:
     return state.TrainState(
       jax.tree.map(place, self.trainable_shapes, self.shardings["trainable"]),
       jax.tree.map(place, opt, self.shardings["opt_state"]),
+    )
+
+  def flops_by_part(self) -> dict[str, float]:
+    """FLOPs of a step by the published formula, see `flops`."""
+    settings = self.settings
+    return flops.step_flops_by_part(
+      self.model_config,
+      self.trainable_shapes,
+      settings["batch_size"],
+      settings["max_length"],
+      settings["max_images"],
+      uses_features=self.uses_features,
     )
 
   def lower(self) -> jax.stages.Lowered:

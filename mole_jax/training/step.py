@@ -71,7 +71,8 @@ def make_train_step(
   model = llava.Llava(config)
 
   def loss_fn(trainable, frozen, batch, step):
-    params = {"params": state.unflatten({**frozen, **trainable})}
+    flat = {**frozen, **trainable}
+    params = {"params": state.unflatten(flat)}
     pixels = features = None
     if "features" in batch:
       features = restore(batch["features"], config.dtype)
@@ -88,13 +89,9 @@ def make_train_step(
       features=features,
       rngs={"dropout": jax.random.fold_in(jax.random.key(seed), step)},
     )
-    # Gathered once, not for each chunk of the loss.
-    head = {
-      name: activations.constrain(leaf, None, "tensor")
-      for name, leaf in {**frozen, **trainable}.items()
-      if name == "decoder/lm_head"
-    }
-    params = {"params": state.unflatten({**frozen, **trainable, **head})}
+    if "decoder/lm_head" in flat:  # Gathered once, not for each chunk of it.
+      head = activations.constrain(flat["decoder/lm_head"], None, "tensor")
+      params = {"params": state.unflatten(flat | {"decoder/lm_head": head})}
     domains = losses.token_domains(batch["segment_ids"], batch["domains"])
     sums = losses.next_token_sums(
       output.hidden,

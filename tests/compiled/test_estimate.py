@@ -94,4 +94,4 @@ def test_hosts_with_gpus_speak_over_the_network():
 
 def test_every_chip_has_its_rates():
   for chip in accelerators.CHIPS:
-    assert estimate.HBM_BYTES_PER_SECOND[chip.name] > 0
+    assert chip.hbm_bytes_per_second > 0
