@@ -142,30 +142,34 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
     f"workdir {run}"
   )
   _in_first(_write_run, config, run, stages)
-  base = reference = None
+  reference = None
   for stage in stages:
-    is_base = stage.name == "base"
+    # A stage without adapters makes a whole model, which the next starts from.
+    makes_base = not stage.settings["use_adapters"]
+    base = None
     try:
-      if is_base or reference is None:
-        reference = _find_base(config, run)
-      if is_base and reference is not None:
-        console.print(f"[green]stage base stands[/] in {reference.path}")
+      reference = reference or _given_base(config)
+      stands = reference if stage.name == "base" else None
+      if makes_base and stands is None:
+        stands = _made_base(run, stage.name)
+      if stands is not None:
+        console.print(f"[green]stage {stage.name} stands[/] in {stands.path}")
+        reference = stands
         continue
-      if not is_base and reference is None:
+      if stage.name != "base" and reference is None:
         raise ValueError(
           f"stage {stage.name!r} needs a base: set config.base.path to one, "
-          "or put the stage 'base' into config.stage_names."
+          "or put the stage that makes it into config.stage_names."
         )
-      if _is_done(config, run, stage.name):
+      if not makes_base and _is_done(config, run, stage.name):
         console.print(
           f"[green]stage {stage.name} stands[/] in {run / stage.name}"
         )
         continue
-      if not is_base and base is None:
+      if reference is not None:
         path = run / reference.path
         base = stage_lib.load_base(stage, config, path, reference.sha256)
-      start = None if is_base else base
-      tower = stage.frozen_tower(config, start)
+      tower = stage.frozen_tower(config, base)
       lines = stage.settings["mixture"].values()
       stores = None if tower is None else tower.stores(lines, run)
       image_tokens = stage.model_config.num_image_tokens
@@ -197,9 +201,10 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
     _print_counts(stage.name, stage.counts)
     _print_data(loader)
     _print_features(config, stage)
-    base = _train(config, stage, loader, run, start, reference)
-    if is_base:
-      _write_base(run / "base", base)
+    trained = _train(config, stage, loader, run, base, reference)
+    if makes_base:
+      reference = _write_base(run, stage.name, trained)
+    del trained, base  # The next stage, whose layers may be others, reads it.
   processes.leave()
   if not processes.is_first():
     return 0
@@ -217,35 +222,41 @@ def _in_first(function: Callable[..., object], *args: Any, **kwargs) -> None:
   processes.first_then_all(lambda: call() if processes.is_first() else None)
 
 
-def _write_base(directory: pathlib.Path, base: Any) -> None:
+def _write_base(
+  run: pathlib.Path, stage: str, base: Any
+) -> base_lib.BaseReference:
   """The first process writes; every one sends what it holds, one by one."""
   pairs = ((name, processes.on_host(leaf)) for name, leaf in base.items())
   if processes.is_first():
-    base_lib.write_base(directory, pairs)
+    base_lib.write_base(run / stage, pairs)
   else:
     collections.deque(pairs, maxlen=0)
-  processes.wait_for_all("base written")
+  processes.wait_for_all(f"{stage} written")
+  return _made_base(run, stage)
 
 
-def _find_base(
-  config: Mapping[str, Any], run: pathlib.Path
-) -> base_lib.BaseReference | None:
-  """The base of this run: its own (path relative to it), or one given."""
-  given = config["base"]["path"]
-  if given:
-    path = pathlib.Path(given).absolute()
-    reference = base_lib.read_reference(path)
-    if reference is None:
-      raise ValueError(
-        f"config.base.path={given!r} holds no complete base "
-        f"({base_lib.BASE_FILE} is missing); name a finished RUN/base."
-      )
-    sha256 = config["base"]["sha256"] or reference.sha256
-    return base_lib.BaseReference(str(path), sha256)
-  reference = base_lib.read_reference(run / "base")
+def _made_base(run: pathlib.Path, stage: str) -> base_lib.BaseReference | None:
+  """What a stage made, by a path relative to the run; None if not yet."""
+  reference = base_lib.read_reference(run / stage)
   if reference is None:
     return None
-  return base_lib.BaseReference("base", reference.sha256)
+  return base_lib.BaseReference(stage, reference.sha256)
+
+
+def _given_base(config: Mapping[str, Any]) -> base_lib.BaseReference | None:
+  """The base that the config names, in place of a stage "base"."""
+  given = config["base"]["path"]
+  if not given:
+    return None
+  path = pathlib.Path(given).absolute()
+  reference = base_lib.read_reference(path)
+  if reference is None:
+    raise ValueError(
+      f"config.base.path={given!r} holds no complete base "
+      f"({base_lib.BASE_FILE} is missing); name a finished RUN/base."
+    )
+  sha256 = config["base"]["sha256"] or reference.sha256
+  return base_lib.BaseReference(str(path), sha256)
 
 
 def _is_done(config: Mapping[str, Any], run: pathlib.Path, stage: str) -> bool:

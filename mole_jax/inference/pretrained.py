@@ -18,7 +18,7 @@ from mole_jax.data import tokenizer as tokenizer_lib
 from mole_jax.inference import generate as generate_lib
 from mole_jax.inference import generator as generator_lib
 from mole_jax.inference import inputs
-from mole_jax.models import llava
+from mole_jax.models import decoder, llava
 from mole_jax.training import checkpoint, feed, state, step
 
 Turns = Sequence[Mapping[str, str]]
@@ -47,13 +47,17 @@ class TokenRouting:
   tokens: text of each token; `<image>` at each position of an image.
   is_image: bool[T], True at the positions of images, visual_start and
     visual_end included.
-  chosen: int32[L, T, k], experts by layer and token, the likeliest first.
-    Plain LoRA and a model without adapters have one way: zeros, k = 1.
+  chosen: int32[L, T, k], experts by layer and token, the likeliest first; of
+    `layers` only. -1 where one layer chooses fewer experts than another, or
+    padding none. Plain LoRA and a model without adapters have one way: zeros,
+    k = 1, all layers.
+  layers: the decoder's layers whose tokens choose, counted from 0.
   """
 
   tokens: tuple[str, ...]
   is_image: Bool[np.ndarray, " T"]
   chosen: Int[np.ndarray, "L T k"]
+  layers: tuple[int, ...]
 
 
 class Model:
@@ -118,9 +122,21 @@ class Model:
     return self.model_config.num_image_tokens
 
   @property
+  def experts_of_layers(self) -> dict[int, int]:
+    """Layers whose tokens choose among experts -> how many."""
+    c = self.model_config
+    return decoder.experts_of_routed_layers(c.decoder, c.mole, c.moe)
+
+  @property
   def num_experts(self) -> int:
-    """Experts a layer; 1 is plain LoRA, 0 a model without adapters."""
-    return self.model_config.mole.num_experts
+    """Experts of the layer with most; 1 is plain LoRA, 0 no adapters."""
+    routed = self.experts_of_layers.values()
+    return max(routed, default=self.model_config.mole.num_experts)
+
+  @property
+  def routed_layers(self) -> tuple[int, ...]:
+    """Layers of `TokenRouting.chosen`."""
+    return tuple(self.experts_of_layers) or tuple(range(self.num_layers))
 
   @property
   def num_layers(self) -> int:
@@ -286,7 +302,7 @@ class Model:
     else:
       chosen = np.zeros((self.num_layers, len(ids), 1), np.int32)
     texts = inputs.token_texts(self.tokenizer, ids)
-    return TokenRouting(texts, is_image, chosen)
+    return TokenRouting(texts, is_image, chosen, self.routed_layers)
 
   def _prompts(self, prompts, images) -> list[generator_lib.Prompt]:
     return [

@@ -117,7 +117,8 @@ def evaluate(
   _write_json(
     directory / "routing.json",
     {
-      "num_layers": model.num_layers,
+      "num_layers": len(model.routed_layers),
+      "layers": model.routed_layers,
       # A model without adapters has one way, as plain LoRA has.
       "num_experts": max(1, model.num_experts),
       "counts": count_experts(model, questions, predictions),
@@ -136,11 +137,12 @@ def count_experts(
 ) -> dict[str, dict[str, list[list[int]]]]:
   """Tokens that each expert served, prompts and answers.
 
-  Domain -> "image" or "text" -> [experts] for each layer. With k experts a
-  token counts k times; in a dense mixture, once, for the likeliest.
+  Domain -> "image" or "text" -> [experts] for each layer whose tokens choose.
+  With k experts a token counts k times; in a dense mixture, once, for the
+  likeliest.
   """
   num_experts = max(1, model.num_experts)
-  shape = (model.num_layers, num_experts)
+  shape = (len(model.routed_layers), num_experts)
   counts = {
     q.domain: {key: np.zeros(shape, np.int64) for key in ("image", "text")}
     for q in questions
@@ -153,7 +155,7 @@ def count_experts(
     for key, members in (("image", is_image), ("text", ~is_image)):
       counts[q.domain][key] += np.stack(
         [
-          np.bincount(layer.ravel(), minlength=num_experts)
+          np.bincount(layer[layer >= 0], minlength=num_experts)
           for layer in chosen[:, members & is_routed]
         ]
       )

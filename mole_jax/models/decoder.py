@@ -7,6 +7,7 @@ Einsum axes: see lora.py; "L" are layers, "J" key positions.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mole_jax.models import attention, lora, mole, remat
+from mole_jax.models import attention, lora, mole, pattern, remat
+from mole_jax.models import moe as moe_lib
 from mole_jax.parallel import activations
 
 
@@ -80,10 +82,29 @@ class Cache(NamedTuple):
 
 
 class LayerRouting(NamedTuple):
-  """What a mixture returns of its routing, stacked over layers by the scan."""
+  """What a mixture returns of its routing, stacked over layers with one.
+
+  Where layers differ, experts that a layer has not get zeros in `sums`, and
+  choices that it does not make are -1.
+  """
 
   sums: mole.RoutingSums
   chosen: Int[Array, "B T topk"]
+
+
+def experts_of_routed_layers(
+  config: DecoderConfig,
+  mole_config: mole.MoleConfig,
+  moe_config: moe_lib.MoeConfig,
+) -> dict[int, int]:
+  """Layers whose tokens choose among experts -> how many; in order.
+
+  Whole FFNs, or LoRA experts where `mole_config` has them.
+  """
+  experts = moe_lib.experts_by_layer(moe_config, config.num_layers)
+  lora_experts = mole_config.num_experts if mole_config.has_router else 0
+  found = {i: number or lora_experts for i, number in enumerate(experts)}
+  return {i: number for i, number in found.items() if number}
 
 
 class _Shared(NamedTuple):
@@ -188,6 +209,8 @@ class DecoderLayer(nn.Module):
   mole: mole.MoleConfig
   is_training: bool
   keep_inputs: bool = False
+  moe: moe_lib.MoeConfig = moe_lib.MoeConfig()
+  num_experts: int = 0  # Whole FFNs; 0 is one.
 
   @nn.compact
   def __call__(
@@ -205,13 +228,35 @@ class DecoderLayer(nn.Module):
     y, cache = self_attn(y, shared, cache, self.is_training)
     x = checkpoint_name(x + y, "resid_mid")
     y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-    mlp = mole.MoleMlp(c.intermediate_size, self.mole, init_scale, name="mlp")
-    y, routing = mlp(y, shared.router, self.is_training)
-    y = activations.rows(y)
-    if routing is not None:
-      sums = mole.routing_sums(routing, shared.segments)
-      routing = LayerRouting(sums, routing.chosen)
-    return x + y, (routing, cache, kept)
+    y, routing = self._mlp(y, shared, init_scale)
+    return x + activations.rows(y), (routing, cache, kept)
+
+  def _mlp(
+    self, x: Float[Array, "B T D"], shared: _Shared, init_scale: float
+  ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
+    c, segments = self.config, shared.segments
+    if self.num_experts == 0:
+      mlp = mole.MoleMlp(c.intermediate_size, self.mole, init_scale, name="mlp")
+      y, routing = mlp(x, shared.router, self.is_training)
+      if routing is None:
+        return y, None
+      sums = mole.routing_sums(routing, segments)
+      return y, LayerRouting(sums, routing.chosen)
+    mlp = moe_lib.MoeMlp(
+      "swiglu",
+      c.intermediate_size,
+      self.num_experts,
+      self.moe,
+      self.mole,
+      init_scale,
+      name="moe",
+    )
+    is_token = segments.any(-1)
+    y, routing, kept = mlp(x, is_token, self.is_training)
+    if self.moe.count_padding:  # As a segment of its own.
+      segments = jnp.concatenate([segments, ~is_token[..., None]], axis=-1)
+    sums = mole.routing_sums(routing, segments, kept)
+    return y, LayerRouting(sums, routing.chosen)
 
 
 class Decoder(nn.Module):
@@ -221,6 +266,7 @@ class Decoder(nn.Module):
   lora: LoraConfig
   mole: mole.MoleConfig
   remat: str = "none"
+  moe: moe_lib.MoeConfig = moe_lib.MoeConfig()
 
   def setup(self):
     c = self.config
@@ -290,6 +336,10 @@ class Decoder(nn.Module):
       router = self.router(c.hidden_size)
     angles = attention.rotary_angles(positions, c.head_dim, c.rope_theta)
     shared = _Shared(*angles, mask, segment_ids, segments, router, slot)
+    if self.moe.is_on:
+      run = self._run_kinds(x, cache, shared, is_training, keep_inputs)
+      x, (routing, cache, inputs) = run
+      return self.norm(x), routing, cache, inputs
     body = DecoderLayer
     if self.remat != "none":
       body = nn.remat(body, policy=remat.policy(self.remat), prevent_cse=False)
@@ -302,3 +352,96 @@ class Decoder(nn.Module):
     )(c, self.lora, self.mole, is_training, keep_inputs, name="layers")
     x, (routing, cache, inputs) = layers(x, cache, shared)
     return self.norm(x), routing, cache, inputs
+
+  def _run_kinds(self, x, cache, shared, is_training, keep_inputs):
+    """The layers where some have whole FFNs as experts, see `pattern`."""
+    c = self.config
+    kinds = moe_lib.experts_by_layer(self.moe, c.num_layers)
+
+    def layer(kind):
+      return DecoderLayer(
+        c,
+        self.lora,
+        self.mole,
+        is_training,
+        keep_inputs,
+        self.moe,
+        kind,
+        parent=None,
+      )
+
+    def init(key):
+      keys = jax.random.split(key, c.num_layers)
+      first = None if cache is None else jax.tree.map(lambda a: a[0], cache)
+      one = lambda key, kind: layer(kind).init(key, x, first, shared)["params"]
+      by_kind = {}
+      for kind in dict.fromkeys(kinds):
+        of_kind = keys[jnp.array([i for i, k in enumerate(kinds) if k == kind])]
+        by_kind[kind] = jax.vmap(lambda key, k=kind: one(key, k))(of_kind)
+      return pattern.stack(by_kind, kinds)
+
+    params = self.param("layers", init)
+    keys = None
+    if is_training and self.has_rng("dropout"):
+      keys = jax.random.split(self.make_rng("dropout"), c.num_layers)
+
+    def apply(kind, params, x, cache, key):
+      rngs = None if key is None else {"dropout": key}
+      return layer(kind).apply({"params": params}, x, cache, shared, rngs=rngs)
+
+    results = []
+    for run in pattern.runs(kinds):
+      bodies = [
+        remat.rematerialise(functools.partial(apply, kind), self.remat)
+        for kind in run.pattern
+      ]
+      by_turn = lambda tree, run=run: jax.tree.map(
+        lambda a: a[run.start : run.stop].reshape(
+          run.repeats, len(run.pattern), *a.shape[1:]
+        ),
+        tree,
+      )
+
+      def turn(x, scanned, run=run, bodies=bodies):
+        params, cache, keys = scanned
+        outputs = []
+        for slot, body in enumerate(bodies):
+          own = pattern.of_layer(params, run, slot)
+          own_cache, key = jax.tree.map(lambda a, i=slot: a[i], (cache, keys))
+          x, output = body(own, x, own_cache, key)
+          outputs.append(output)
+        return x, outputs
+
+      scanned = (
+        pattern.of_run(params, kinds, run),
+        by_turn(cache),
+        by_turn(keys),
+      )
+      x, outputs = jax.lax.scan(turn, x, scanned)
+      results.append(outputs)
+    return x, self._in_order(results)
+
+  def _in_order(self, results):
+    """Layers' results, stacked in the order of the layers."""
+    routed = experts_of_routed_layers(self.config, self.mole, self.moe)
+    width = max(routed.values())
+    top_k = max(self.moe.top_k, self.mole.top_k if self.mole.has_router else 1)
+
+    def alike(routing: LayerRouting) -> LayerRouting:
+      wide = lambda a: pattern.widen(a, -1, width, 0)
+      sums = routing.sums
+      sums = sums._replace(
+        probs=wide(sums.probs), load=wide(sums.load), first=wide(sums.first)
+      )
+      return LayerRouting(sums, pattern.widen(routing.chosen, -1, top_k, -1))
+
+    routings, caches, inputs = [], [], []
+    for outputs in results:
+      found = [
+        alike(routing) for routing, _, _ in outputs if routing is not None
+      ]
+      if found:
+        routings.append(pattern.in_order(found))
+      caches.append(pattern.in_order([cache for _, cache, _ in outputs]))
+      inputs.append(pattern.in_order([kept for _, _, kept in outputs]))
+    return tuple(map(pattern.joined, (routings, caches, inputs)))

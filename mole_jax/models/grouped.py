@@ -5,8 +5,9 @@ Einsum axes: see lora.py; "M" are block rows, "G" blocks, "C" rows per block.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from mole_jax.parallel.activations import varying_alike
 from mole_jax.parallel.permutation import Plan, no_gradient
 
 
@@ -52,3 +53,50 @@ def _backward(residuals, dy):
 
 
 grouped_product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def block_product(
+  blocks: Float[Array, "G C D"],
+  weights: Float[Array, "E D F"],
+  expert_of_block: Int[Array, " G"] | None,
+) -> Float[Array, "G C F"]:
+  """Each block times its expert's matrix; dtypes as `lora.matmul`.
+
+  For whole FFNs, whose matrices are too large to be copied for each block:
+  block after block reads its expert's where it lies, and adds to its gradient
+  there. `expert_of_block` is None where block e is that of expert e (all
+  experts have the same capacity): then it is one batched product.
+  """
+  return _block_forward(blocks, weights, expert_of_block)[0]
+
+
+def _block_forward(blocks, weights, expert_of_block):
+  w = weights.astype(blocks.dtype)
+  if expert_of_block is None:
+    y = jnp.einsum("ECD,EDF->ECF", blocks, w)
+  else:
+    one = lambda block: block[0] @ w[block[1]]
+    y = jax.lax.map(one, (blocks, expert_of_block))
+  return y, (blocks, weights, expert_of_block)
+
+
+def _block_backward(residuals, dy):
+  blocks, weights, expert_of_block = residuals
+  w, dtype = weights.astype(blocks.dtype), weights.dtype
+  if expert_of_block is None:
+    dx = jnp.einsum("ECF,EDF->ECD", dy, w)
+    dw = jnp.einsum("ECD,ECF->EDF", blocks, dy, preferred_element_type=dtype)
+    return dx, dw, None
+
+  def body(dw, block):
+    x, dy, expert = block
+    added = jnp.dot(x.T, dy, preferred_element_type=dtype)
+    return dw.at[expert].add(added), dy @ w[expert].T
+
+  zeros, blocks = varying_alike(jnp.zeros_like(weights), blocks)
+  dw, dx = jax.lax.scan(body, zeros, (blocks, dy, expert_of_block))
+  return dx, dw, no_gradient(expert_of_block)
+
+
+block_product.defvjp(_block_forward, _block_backward)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mole_jax.models import attention, decoder, lora, mole, remat, vision
+from mole_jax.models import moe as moe_lib
 from mole_jax.parallel import activations
 
 
@@ -25,6 +26,7 @@ class LlavaConfig:
   use_visual_tokens: learned visual_start and visual_end vectors around an
     image's patches (LLaVA-MoLE); off for plain LLaVA-1.5.
   remat: one of `remat.POLICIES`.  dtype: what activations are computed in.
+  moe: experts that are whole FFNs (MoE-LLaVA); by default there are none.
   """
 
   vision: vision.VisionConfig
@@ -35,8 +37,12 @@ class LlavaConfig:
   use_visual_tokens: bool = True
   remat: str = "none"
   dtype: str = "float32"
+  moe: moe_lib.MoeConfig = moe_lib.MoeConfig()
 
   def __post_init__(self):
+    moe_lib.experts_by_layer(
+      self.moe, self.decoder.num_layers
+    )  # Checks layers.
     if self.remat not in remat.POLICIES:
       raise ValueError(
         f"model.remat={self.remat!r} must be one of {remat.POLICIES}."
@@ -55,15 +61,17 @@ class LlavaConfig:
 def make_config(values: Mapping[str, Any]) -> LlavaConfig:
   """Builds the typed configuration from plain nested dictionaries.
 
-  Raises ValueError that names an unknown or missing key.
+  The section "moe" may be missing. Raises ValueError that names an unknown or
+  missing key.
   """
   parts = {
     "vision": vision.VisionConfig,
     "decoder": decoder.DecoderConfig,
     "lora": decoder.LoraConfig,
     "mole": mole.MoleConfig,
+    "moe": moe_lib.MoeConfig,
   }
-  arguments = dict(values)
+  arguments = {"moe": {}} | dict(values)
   for key, part in parts.items():
     if key not in arguments:
       raise ValueError(f"config.model lacks the section {key!r}.")
@@ -146,7 +154,7 @@ class Llava(nn.Module):
     width = c.decoder.hidden_size
     self.vision = vision.VisionTower(c.vision, c.remat)
     self.projector = Projector(width)
-    self.decoder = decoder.Decoder(c.decoder, c.lora, c.mole, c.remat)
+    self.decoder = decoder.Decoder(c.decoder, c.lora, c.mole, c.remat, c.moe)
     if c.use_visual_tokens:
       normal = nn.initializers.normal(0.02)
       self.visual_start = self.param("visual_start", normal, (width,))

@@ -25,7 +25,7 @@ from mole_jax.parallel import activations, permutation
 GATES = ("none", "prob", "straight_through")
 DISPATCHES = ("auto", "loop", "masked", "gather")
 ROUTER_SCOPES = ("layer", "shared")
-BALANCES = ("pooled", "per_layer")
+BALANCES = ("pooled", "per_layer", "moe_llava")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +89,16 @@ class RoutingSums(NamedTuple):
   """Sums over the tokens of each segment, padding left out, for one layer.
 
   `probs` of the router's probabilities, `load` of the choices (each of the
-  top-k counts 1/k; no gradient), `entropy` of -sum p log p, in nats.
+  top-k counts 1/k; no gradient), `first` of the first choices, `entropy` of
+  -sum p log p, in nats, `dropped` of choices without a place (each 1/k; full
+  experts alone have a capacity).
   """
 
   probs: Float[Array, "B S E"]
   load: Float[Array, "B S E"]
+  first: Float[Array, "B S E"]
   entropy: Float[Array, "B S"]
+  dropped: Float[Array, "B S"]
 
 
 def route(
@@ -251,17 +255,30 @@ def balance_loss_per_layer(
 
 
 def routing_sums(
-  routing: Routing, segments: Bool[Array, "B T S"]
+  routing: Routing,
+  segments: Bool[Array, "B T S"],
+  kept: Bool[Array, "B T topk"] | None = None,
 ) -> RoutingSums:
-  """Adds up a layer's routing within each segment."""
+  """Adds up a layer's routing within each segment; None kept is all."""
   member = segments.astype(jnp.float32)
   num_experts = routing.probs.shape[-1]
-  load = jax.nn.one_hot(routing.chosen, num_experts).mean(-2)
+  is_chosen = jax.nn.one_hot(routing.chosen, num_experts)
   entropy = -jax.scipy.special.xlogy(routing.probs, routing.probs).sum(-1)
+
+  def add_up(by_token, equation="BTS,BTE->BSE"):
+    by_token = jax.lax.stop_gradient(by_token)
+    return jnp.einsum(equation, member, by_token)
+
+  load = add_up(is_chosen.mean(-2))
+  is_single = routing.chosen.shape[-1] == 1
   return RoutingSums(
     jnp.einsum("BTS,BTE->BSE", member, routing.probs),
-    jnp.einsum("BTS,BTE->BSE", member, jax.lax.stop_gradient(load)),
-    jnp.einsum("BTS,BT->BS", member, jax.lax.stop_gradient(entropy)),
+    load,
+    load if is_single else add_up(is_chosen[..., 0, :]),
+    add_up(entropy, "BTS,BT->BS"),
+    jnp.zeros(member.shape[::2], jnp.float32)
+    if kept is None
+    else add_up((~kept).mean(-1, dtype=jnp.float32), "BTS,BT->BS"),
   )
 
 

@@ -133,7 +133,7 @@ def dispatch(
   is_token: Bool[Array, " N"] | None = None,
   num_groups: int = 1,
   block_rows: int = 128,
-  axis: str = "expert",
+  axis: str | None = "expert",
 ) -> tuple[Float[Array, "G C D"], Trip]:
   """Sends rows to the devices of their experts, sorted there into blocks.
 
@@ -142,11 +142,13 @@ def dispatch(
     then holds those of all devices: G = E / P, C = P num_groups capacity.
     None drops nothing; blocks then hold `block_rows`, an expert has as many as
     its rows fill: G = ceil(slots / C) + E / P.
+  axis: of the mesh; None where nothing travels, since each device has (or has
+    gathered) all experts: then P = 1.
 
   Empty slots are zeros. Raises ValueError where the axis does not divide the
   experts, num_groups the rows, or capacity is not positive.
   """
-  size = jax.lax.axis_size(axis)
+  size = _axis_size(axis)
   local = local_experts(num_experts, size)
   (num_rows, top_k), width = chosen.shape, rows.shape[-1]
   if num_rows % num_groups:
@@ -205,13 +207,13 @@ def combine(
   weights: Float[Array, "N topk"],
   trip: Trip,
   *,
-  axis: str = "expert",
+  axis: str | None = "expert",
 ) -> Float[Array, "N F"]:
   """y_n = sum_k w_nk (output of n's k-th expert), back in the rows' order.
 
   Dropped choices and padding add nothing, and their weights get no gradient.
   """
-  size, width = jax.lax.axis_size(axis), outputs.shape[-1]
+  size, width = _axis_size(axis), outputs.shape[-1]
   if trip.arrival is None:
     sent = outputs.reshape(outputs.shape[0], size, -1, width).swapaxes(0, 1)
   else:
@@ -224,9 +226,15 @@ def combine(
   return permutation.combine(returned, weights, trip.departure)
 
 
-def _exchange(x: Shaped[Array, "P ..."], axis: str) -> Shaped[Array, "P ..."]:
+def _axis_size(axis: str | None) -> int:
+  return 1 if axis is None else jax.lax.axis_size(axis)
+
+
+def _exchange(
+  x: Shaped[Array, "P ..."], axis: str | None
+) -> Shaped[Array, "P ..."]:
   """Row p of the leading axis goes to device p of the mesh axis."""
-  if jax.lax.axis_size(axis) == 1:
+  if _axis_size(axis) == 1:
     return x
   return jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
 

@@ -37,7 +37,35 @@ RULES = (
   (r"decoder/layers/mlp/(gate|up)_proj/lora_b", P(None, "expert", None, CUT)),
   (r"decoder/layers/mlp/down_proj/lora_a", P(None, "expert", CUT, None)),
   (r"decoder/layers/mlp/down_proj/lora_b", P(None, "expert", None, "fsdp")),
-  (r"decoder/(layers/mlp/)?router/(kernel|bias)", P()),
+  (r"decoder/(layers/(mlp|moe_x\d+)/)?router/(kernel|bias)", P()),
+  # Whole FFNs lie on the devices of their experts; tokens travel there, or the
+  # experts are gathered: see exchange.py.
+  (
+    r"decoder/layers/moe_x\d+/experts/(gate_proj|up_proj|fc1)/kernel",
+    P(None, "expert", "fsdp", "tensor"),
+  ),
+  (
+    r"decoder/layers/moe_x\d+/experts/(down_proj|fc2)/kernel",
+    P(None, "expert", "tensor", "fsdp"),
+  ),
+  (r"decoder/layers/moe_x\d+/experts/fc1/bias", P(None, "expert", "tensor")),
+  (r"decoder/layers/moe_x\d+/experts/fc2/bias", P(None, "expert")),
+  (
+    r"decoder/layers/moe_x\d+/experts/(gate_proj|up_proj|fc1)/lora_a",
+    P(None, "expert", "fsdp", None),
+  ),
+  (
+    r"decoder/layers/moe_x\d+/experts/(gate_proj|up_proj|fc1)/lora_b",
+    P(None, "expert", None, CUT),
+  ),
+  (
+    r"decoder/layers/moe_x\d+/experts/(down_proj|fc2)/lora_a",
+    P(None, "expert", CUT, None),
+  ),
+  (
+    r"decoder/layers/moe_x\d+/experts/(down_proj|fc2)/lora_b",
+    P(None, "expert", None, "fsdp"),
+  ),
   (r"decoder/(layers/\w+|norm)/scale", P()),
   (r"vision/layers/([qkv]_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
   (r"vision/layers/(out_proj|fc2)/kernel", P(None, "tensor", "fsdp")),

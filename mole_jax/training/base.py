@@ -313,8 +313,9 @@ def _check_fit(
 
 
 def base_shapes(
-  config: Mapping[str, Any],
+  config: Mapping[str, Any], has_experts: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Names and shapes of the base: the model without any adapter."""
-  values = {**config, "stages": {"base": {"use_adapters": False}}}
+  stage = {"use_adapters": False, "use_experts": has_experts}
+  values = {**config, "stages": {"base": stage}}
   return state.parameter_shapes(state.model_config(values, "base"))

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mole_jax.training import base as base_lib
-from mole_jax.training import files, rundir, state
+from mole_jax.training import files, rundir, state, upcycle
 
 
 class ReadModel(NamedTuple):
@@ -240,15 +240,26 @@ def read_model(path: str | os.PathLike) -> ReadModel:
   reader = trained.trainable
   params = {name: jax.device_put(reader.read(name)) for name in reader.shapes}
   if trained.base is not None:
-    shapes = base_lib.base_shapes(trained.config)
-    flat = base_lib.read_base(
-      trained.base.directory,
-      shapes,
-      trained.base.about["sha256"],
-      optional=reader.shapes,
-    )
-    params |= {name: flat[name] for name in trained.frozen}
+    params |= _read_frozen(trained)
   return ReadModel(trained.config, trained.stage, trained.step, params)
+
+
+def _read_frozen(trained: TrainedModel) -> state.Flat:
+  """What a stage did not train, from its base."""
+  config, base = trained.config, trained.base
+  model_config = state.model_config(config, trained.stage)
+  if model_config.moe.is_on and upcycle.is_dense(base.parameters):
+    shapes = state.parameter_shapes(model_config)
+    frozen = {name: shapes[name] for name in trained.frozen}
+    return upcycle.read(base, model_config, frozen)
+  shapes = base_lib.base_shapes(config, model_config.moe.is_on)
+  flat = base_lib.read_base(
+    base.directory,
+    shapes,
+    base.about["sha256"],
+    optional=trained.trainable.shapes,
+  )
+  return {name: flat[name] for name in trained.frozen}
 
 
 def _read_converted(reader: base_lib.BaseReader) -> ReadModel:

@@ -10,7 +10,8 @@ stack of layers, and 2 M for the gradient of its weights where they are trained:
 
 Attention of T tokens adds T^2 N H multiply-adds per row, layer and each of its
 two products forward, halved where causal, and twice that backward. A mixture
-counts the experts a token uses (top_k rank), whatever its dispatch computes.
+counts the experts a token uses (top_k of them, of LoRA or whole FFNs), whatever
+its dispatch computes and its capacity drops.
 
 Shapes count, not contents: padding, unused image slots and the whole triangle
 of packed rows are in. Not in: rematerialisation, embedding, norms,
@@ -20,7 +21,7 @@ activations, softmax, losses' reductions, the optimizer.
 from collections.abc import Collection
 from typing import NamedTuple
 
-from mole_jax.models import llava, vision
+from mole_jax.models import ffn, llava, moe, pattern, vision
 
 PARTS = (
   "vision",
@@ -134,28 +135,45 @@ def decoder_products(config: llava.LlavaConfig) -> list[Product]:
   d, lora, mole = config.decoder, config.lora, config.mole
   width, hidden = d.hidden_size, d.intermediate_size
   query, key = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-  mole_rank = mole.rank * mole.top_k if mole.num_experts else 0
   products = []
-  for path, fan_in, fan_out, rank in (
-    ("self_attn/q_proj", width, query, lora.rank),
-    ("self_attn/k_proj", width, key, lora.rank),
-    ("self_attn/v_proj", width, key, lora.rank),
-    ("self_attn/o_proj", query, width, lora.rank),
-    ("mlp/gate_proj", width, hidden, mole_rank),
-    ("mlp/up_proj", width, hidden, mole_rank),
-    ("mlp/down_proj", hidden, width, mole_rank),
+
+  def add(path, layers, fan_in, fan_out, rank, uses=1):
+    """Of `layers`; a token uses the map of `uses` experts, a LoRA `rank`."""
+    path, count = f"decoder/layers/{path}", layers * uses
+    products.extend(
+      (
+        Product("decoder", f"{path}/kernel", count * fan_in * fan_out),
+        Product("adapters", f"{path}/lora_a", count * fan_in * rank),
+        Product("adapters", f"{path}/lora_b", count * rank * fan_out),
+      )
+    )
+
+  for name, fan_in, fan_out in (
+    ("q_proj", width, query),
+    ("k_proj", width, key),
+    ("v_proj", width, key),
+    ("o_proj", query, width),
   ):
-    path = f"decoder/layers/{path}"
-    products += [
-      Product("decoder", f"{path}/kernel", d.num_layers * fan_in * fan_out),
-      Product("adapters", f"{path}/lora_a", d.num_layers * fan_in * rank),
-      Product("adapters", f"{path}/lora_b", d.num_layers * rank * fan_out),
-    ]
-  if mole.has_router:
-    shared = mole.router_scope == "shared"
-    path = "decoder/router" if shared else "decoder/layers/mlp/router"
-    macs = d.num_layers * width * mole.num_experts
-    products.append(Product("router", f"{path}/kernel", macs))
+    add(f"self_attn/{name}", d.num_layers, fan_in, fan_out, lora.rank)
+  rank = mole.rank if mole.num_experts else 0
+  kinds = moe.experts_by_layer(config.moe, d.num_layers)
+  for kind in dict.fromkeys(kinds):
+    layers, family = kinds.count(kind), pattern.family(kind)
+    shapes = ffn.linear_shapes("swiglu", width, hidden)
+    for name, (fan_in, fan_out, _) in shapes.items():
+      if kind:
+        path, uses = f"{family}/experts/{name}", config.moe.top_k
+        add(path, layers, fan_in, fan_out, rank, uses)
+      else:
+        add(f"mlp/{name}", layers, fan_in, fan_out, rank * mole.top_k)
+    if kind:
+      path = f"decoder/layers/{family}/router/kernel"
+      products.append(Product("router", path, layers * width * kind))
+    elif mole.has_router:
+      shared = mole.router_scope == "shared"
+      path = "decoder/router" if shared else "decoder/layers/mlp/router"
+      macs = layers * width * mole.num_experts
+      products.append(Product("router", f"{path}/kernel", macs))
   head = "embed_tokens" if d.tie_word_embeddings else "lm_head"
   products.append(Product("head", f"decoder/{head}", width * d.vocab_size))
   return products

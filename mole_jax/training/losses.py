@@ -1,13 +1,13 @@
 """Next-token loss over the labels, in chunks, with sums by domain."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mole_jax.models import decoder, llava, mole
+from mole_jax.models import decoder, llava, moe, mole
 
 IGNORED = -100  # The label of a position without loss.
 
@@ -94,16 +94,31 @@ def balance_loss(
   segment_ids: Int[Array, "B T"],
   num_segments: int,
   kind: str,
+  num_experts: Sequence[int] | None = None,
 ) -> Float[Array, ""]:
-  """The balance loss named `kind`: one of `mole.BALANCES`."""
-  segments = llava.segment_members(segment_ids, num_segments)
-  num_tokens = segments.sum(1).astype(jnp.float32)
-  losses: Mapping[str, Callable] = {
-    "pooled": mole.balance_loss_pooled,
-    "per_layer": mole.balance_loss_per_layer,
-  }
-  if kind not in losses:
+  """The balance loss named `kind`: one of `mole.BALANCES`.
+
+  `num_experts` are those of each layer in `routing`, None where all are alike.
+  Raises ValueError where a loss wants layers alike, and they are not.
+  """
+  if kind not in mole.BALANCES:
     raise ValueError(
       f"config.balance.loss={kind!r} must be one of {mole.BALANCES}."
     )
-  return losses[kind](routing.sums, num_tokens)
+  if num_experts is None:
+    num_layers, *_, experts = routing.sums.probs.shape
+    num_experts = (experts,) * num_layers
+  if kind == "moe_llava":
+    return moe.balance_loss(routing.sums, tuple(num_experts))
+  if len(set(num_experts)) > 1:
+    raise ValueError(
+      f"config.balance.loss={kind!r} needs as many experts in each layer, here "
+      f"are {sorted(set(num_experts))}; use 'moe_llava'."
+    )
+  segments = llava.segment_members(segment_ids, num_segments)
+  num_tokens = segments.sum(1).astype(jnp.float32)
+  loss = {
+    "pooled": mole.balance_loss_pooled,
+    "per_layer": mole.balance_loss_per_layer,
+  }[kind]
+  return loss(routing.sums, num_tokens)

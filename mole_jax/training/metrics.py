@@ -106,12 +106,18 @@ class Window:
       row["balance_loss"] = float(mean("balance_loss"))
       row["expert_load"] = mean("expert_load").tolist()
       row["router_entropy"] = mean("router_entropy").tolist()
+    if "dropped_share" in self._steps[0]:
+      row["dropped_share"] = mean("dropped_share").tolist()
     return row
 
 
 def scalars(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
   """Flattens a row to named numbers: "expert_load/layer_3/expert_0"."""
-  levels = {"expert_load": ("layer", "expert"), "router_entropy": ("layer",)}
+  levels = {
+    "expert_load": ("layer", "expert"),
+    "router_entropy": ("layer",),
+    "dropped_share": ("layer",),
+  }
   flat: dict[str, float] = {}
   for key, value in row.items():
     name = f"{prefix}{key}"

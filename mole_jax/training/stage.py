@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mole_jax.models import llava
+from mole_jax.models import llava, moe
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
-from mole_jax.training import features, flops, optim, state, step
+from mole_jax.training import features, flops, optim, state, step, upcycle
 
 # Positions whose logits exist at one time, in each row of a batch.
 CHUNK_TOKENS = 512
@@ -187,7 +187,9 @@ def _check_cuts(config: llava.LlavaConfig, mesh: jax.sharding.Mesh) -> None:
   }
   mesh_lib.check_divides(mesh, "tensor", heads)
   experts = {"model.mole.num_experts": config.mole.num_experts}
-  mesh_lib.check_divides(mesh, "expert", experts)
+  for number in moe.experts_by_layer(config.moe, decoder.num_layers):
+    experts["model.moe.num_experts"] = number  # 0 is left alone.
+    mesh_lib.check_divides(mesh, "expert", experts)
 
 
 def load_base(
@@ -196,10 +198,11 @@ def load_base(
   """Reads a base onto the mesh of a stage, verified by its hash.
 
   What the stage trains may be absent. A converted base may hold adapters, from
-  which training goes on. Raises ValueError where the base is not that of
-  config.model.
+  which training goes on. Where the stage has experts and the base has none,
+  they become copies of its FFNs. Raises ValueError where the base is not that
+  of config.model.
   """
-  reader = base_lib.BaseReader(directory)
+  reader = base_lib.BaseReader(directory, sha256)
   _check_settings(config["model"], reader)
   shapes = state.parameter_shapes(stage.model_config)
   places = sharding.parameter_shardings(shapes, stage.mesh)
@@ -207,9 +210,12 @@ def load_base(
     name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
     for name, leaf in shapes.items()
   }
-  return base_lib.read_base(
-    directory, shapes, sha256, optional=stage.trainable_shapes
-  )
+  optional = stage.trainable_shapes
+  if stage.model_config.moe.is_on and upcycle.is_dense(reader.parameters):
+    flat = upcycle.read(reader, stage.model_config, shapes, optional)
+    upcycle.check_copies(flat)
+    return flat
+  return base_lib.read_base(directory, shapes, sha256, optional)
 
 
 # What a user may choose anew for weights that stand: shapes stay the same.
@@ -218,6 +224,16 @@ _FREE_SETTINGS = {
   "decoder": (),
   "lora": ("dropout",),
   "mole": ("dropout", "top_k", "gate", "dispatch", "block_rows"),
+  "moe": (
+    "top_k",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "capacity_groups",
+    "use_gumbel_noise",
+    "count_padding",
+    "move",
+    "block_rows",
+  ),
 }
 
 
@@ -229,6 +245,10 @@ def _check_settings(
   problems = []
   for section, free in _FREE_SETTINGS.items():
     if section in ("lora", "mole") and not _has_adapters(about, section):
+      continue
+    # Experts are copies of a base's FFNs where it has none.
+    layers = about.get("moe", {}).get("layers", "none")
+    if section == "moe" and layers == "none":
       continue
     if about.get("vision", {}).get("position_grid"):
       free = (*free, "image_size")  # Its positions are interpolated.

@@ -46,14 +46,21 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_config(config: Mapping[str, Any], stage: str) -> llava.LlavaConfig:
-  """The model of a stage; one without adapters has no LoRA and no experts."""
+  """The model of a stage.
+
+  Without `use_adapters` it has no LoRA, without `use_experts` (which recipes
+  without a section `model.moe` leave out) no FFN has more than one expert.
+  """
   values = {
     key: dict(value) if isinstance(value, Mapping) else value
     for key, value in config["model"].items()
   }
-  if not config["stages"][stage]["use_adapters"]:
+  settings = config["stages"][stage]
+  if not settings["use_adapters"]:
     values["lora"]["rank"] = 0
     values["mole"]["num_experts"] = 0
+  if "moe" in values and not settings.get("use_experts", False):
+    values["moe"]["layers"] = "none"
   return llava.make_config(values)
 
 
@@ -129,10 +136,12 @@ def group(name: str) -> str:
   """The heading under which a parameter is counted."""
   if "/mlp/" in name and "/lora_" in name:
     return "experts"
-  if "/lora_" in name:
-    return "attention LoRA"
   if "router/" in name:
     return "routers"
+  if "/moe_x" in name:
+    return "experts"
+  if "/lora_" in name:
+    return "attention LoRA"
   if name.startswith("visual_"):
     return "visual tokens"
   return name.split("/")[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from mole_jax.models import llava
+from mole_jax.models import decoder, llava
 from mole_jax.parallel import activations, sharding
 from mole_jax.training import losses, state
 
@@ -69,6 +69,9 @@ def make_train_step(
   `is_finite` is False. A batch holds "images", or "features" of them.
   """
   model = llava.Llava(config)
+  routed = decoder.experts_of_routed_layers(
+    config.decoder, config.mole, config.moe
+  )
 
   def loss_fn(trainable, frozen, batch, step):
     flat = {**frozen, **trainable}
@@ -111,16 +114,24 @@ def make_train_step(
     loss = lm_loss
     if output.routing is not None:
       balance_loss = losses.balance_loss(
-        output.routing, batch["segment_ids"], num_segments, balance
+        output.routing,
+        batch["segment_ids"],
+        num_segments,
+        balance,
+        tuple(routed.values()),
       )
       loss = loss + balance_weight * balance_loss
-      num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
       routing = output.routing.sums
+      # Tokens, by layer; padding, too, where the mixture counts it.
+      num_tokens = jnp.maximum(routing.first.sum((1, 2, 3)), 1)
       metrics |= {
         "balance_loss": balance_loss,
-        "expert_load": routing.load.sum((1, 2)) / num_tokens,
+        "expert_load": routing.load.sum((1, 2)) / num_tokens[:, None],
         "router_entropy": routing.entropy.sum((1, 2)) / num_tokens,
       }
+      if config.moe.is_on:
+        dropped = routing.dropped.sum((1, 2)) / num_tokens
+        metrics["dropped_share"] = dropped
     return loss, metrics | {"loss": loss}
 
   def train_step(
