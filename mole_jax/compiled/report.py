@@ -17,6 +17,7 @@ from mole_jax.compiled import (
   topologies,
   work,
 )
+from mole_jax.models import decoder, moe
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.training import stage as stage_lib
 
@@ -26,6 +27,8 @@ class Report:
   """One compiled step; bytes and FLOPs are those of one device.
 
   formula_flops: of the whole step, by the 4N formula.
+  exchange: by number of experts, how tokens of layers with full experts meet
+    them, in bytes of a layer and step.
   needed_bytes: peak memory; also where the compiler refused for memory, in
     which case what the program would have been like is unknown (`work` None).
   """
@@ -49,6 +52,7 @@ class Report:
   xla_flops: float | None
   collectives: list[collectives.Group]
   estimate: estimate.Estimate | None
+  exchange: dict[int, moe.ExchangePlan]
   peak_flops: float
   findings: list[checks.Finding]
   num_instructions: int
@@ -80,6 +84,7 @@ class Report:
     }
     found["collectives"] = [dataclasses.asdict(c) for c in self.collectives]
     found["findings"] = [dataclasses.asdict(f) for f in self.findings]
+    found["exchange"] = {k: p._asdict() for k, p in self.exchange.items()}
     if self.memory:
       found["memory"] = dataclasses.asdict(self.memory)
     if self.work:
@@ -183,6 +188,7 @@ def make(
     xla_flops=xla_flops,
     collectives=collectives.summarise(found),
     estimate=guess,
+    exchange=stage.exchange_plans(),
     peak_flops=chip.peak_flops * target.accelerator.chips,
     findings=wrong,
     num_instructions=(
@@ -209,12 +215,15 @@ def _expected(stage: stage_lib.Stage, rows: int) -> checks.Expected:
   """`rows` of the batch are on a device."""
   model, settings = stage.model_config, stage.settings
   widths = (model.decoder.hidden_size, model.decoder.intermediate_size)
+  routed = decoder.experts_of_routed_layers(
+    model.decoder, model.mole, model.moe
+  )
   cut = tuple(width // stage.mesh.shape["tensor"] for width in widths)
   return checks.Expected(
     stage.trainable_shapes,
     stage.frozen_shapes,
     model.decoder.num_layers,
-    model.mole.num_experts,
+    max(routed.values(), default=model.mole.num_experts),
     rows * settings["max_length"],
     tuple({*widths, *cut}),
   )

@@ -6,6 +6,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from mole_jax.compiled import collectives, report
+from mole_jax.models import moe
 from mole_jax.parallel import accelerators
 
 MOST = 8  # Findings to print.
@@ -24,6 +25,8 @@ def show(found: report.Report, console: rich_console.Console) -> None:
   if found.work is not None:
     _flops(found, console)
     _collectives(found, console)
+  for experts, how in found.exchange.items():
+    _exchange(experts, how, found.mesh["expert"], console)
   if found.estimate is not None and found.mfu:
     guess = found.estimate
     console.print(
@@ -44,6 +47,23 @@ def show(found: report.Report, console: rich_console.Console) -> None:
       "they are, only what is trained has gradients, no buffer of experts x "
       "tokens x width"
     )
+
+
+def _exchange(
+  experts: int,
+  how: moe.ExchangePlan,
+  axis_size: int,
+  console: rich_console.Console,
+) -> None:
+  slots = "no capacity" if how.capacity is None else f"capacity {how.capacity}"
+  text = f"Layers of {experts} experts: {slots}"
+  if axis_size > 1:
+    text += (
+      f", {how.move} travel along expert: {amount(how.bytes_tokens)}B of tokens "
+      f"or {amount(how.bytes_weights)}B of weights a layer and step, equal at "
+      f"{how.break_even_tokens:,} tokens a device"
+    )
+  console.print(text)
 
 
 def _memory(found: report.Report, console: rich_console.Console) -> None:

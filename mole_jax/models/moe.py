@@ -204,6 +204,90 @@ def capacity(
   return None
 
 
+class ExchangePlan(NamedTuple):
+  """How a layer's tokens meet their experts.
+
+  capacity: slots of an expert for each of `num_groups` groups of a device's
+    rows; None in blocks, which drop nothing.
+  move: "tokens" or "weights".
+  bytes_tokens, bytes_weights: what either moves of a device, see exchange.py.
+  break_even_tokens: rows a device at which the two are equal.
+  """
+
+  capacity: int | None
+  num_groups: int
+  move: str
+  bytes_tokens: int
+  bytes_weights: int
+  break_even_tokens: int
+
+
+def plan_exchange(
+  config: MoeConfig,
+  num_experts: int,
+  num_tokens: int,
+  width: int,
+  expert_params: int,
+  factor: float,
+  *,
+  num_shards: int,
+  axis_size: int,
+  item_bytes: int = 2,
+) -> ExchangePlan:
+  """What a layer does with a batch of tokens on a mesh.
+
+  Args:
+    config: of the mixture.
+    num_experts: of the layer.
+    num_tokens: of the whole batch, padding included.
+    width: of a token.
+    expert_params: parameters of one expert.
+    factor: of capacity; 0 drops nothing.
+    num_shards: devices that share the batch's rows.
+    axis_size: of the mesh axis `expert`.
+    item_bytes: of what travels.
+
+  Raises ValueError where capacity_groups do not fit.
+  """
+  num_rows = num_tokens // num_shards
+  groups = config.capacity_groups or num_shards
+  if groups % num_shards or num_rows % (groups // num_shards):
+    raise ValueError(
+      f"model.moe.capacity_groups={groups} must be a multiple of the "
+      f"{num_shards} devices that share the rows, and divide the {num_tokens} "
+      "tokens of a batch."
+    )
+  groups //= num_shards
+  top_k = config.top_k
+  slots = capacity(
+    num_rows // groups, num_experts, top_k, factor, config.block_rows
+  )
+  shape = (num_rows, num_experts, top_k, width)
+  bytes_tokens = exchange.bytes_moved_tokens(
+    *shape, axis_size, slots, groups, item_bytes
+  )
+  move = exchange.choose(
+    *shape, expert_params, axis_size, slots, groups, config.move
+  )
+  return ExchangePlan(
+    slots,
+    groups,
+    move,
+    bytes_tokens,
+    exchange.bytes_gathered_weights(
+      num_experts, expert_params, axis_size, item_bytes
+    ),
+    exchange.break_even_tokens(
+      num_experts,
+      top_k,
+      width,
+      expert_params,
+      axis_size,
+      factor if slots is not None and factor else None,
+    ),
+  )
+
+
 def experts(
   blocks: Float[Array, "G C D"],
   params: Mapping[str, Mapping[str, Array]],
@@ -250,17 +334,19 @@ def mixture(
   """
   mesh = activations.current()
   num_experts = routing.probs.shape[-1]
-  shards = activations.num_row_shards()
-  num_rows = x.shape[0] * x.shape[1] // shards
-  num_groups = _groups_here(config.capacity_groups, shards, num_rows)
-  slots = capacity(
-    num_rows // num_groups,
+  kernels = [p["kernel"] for p in params.values()]
+  how = plan_exchange(
+    config,
     num_experts,
-    config.top_k,
+    x.shape[0] * x.shape[1],
+    x.shape[-1],
+    sum(kernel.size for kernel in kernels) // num_experts,
     factor,
-    config.block_rows,
+    num_shards=activations.num_row_shards(),
+    axis_size=1 if mesh is None else mesh.shape["expert"],
   )
-  axis = _axis(x, params, config, num_rows, num_experts, slots, num_groups)
+  slots, num_groups = how.capacity, how.num_groups
+  axis = "expert" if mesh is not None and how.move == "tokens" else None
 
   def local(x, probs, chosen, is_token, params):
     rows = x.reshape(-1, x.shape[-1])
@@ -296,39 +382,6 @@ def mixture(
   if mesh is not None:
     params = _bias_once(params, mesh.shape["tensor"])
   return apply(x, routing.probs, routing.chosen, is_token, params)
-
-
-def _groups_here(groups: int, shards: int, num_rows: int) -> int:
-  """Groups of one device's rows; ValueError where they are no whole number."""
-  if groups == 0:
-    return 1
-  if groups % shards or num_rows % (groups // shards):
-    raise ValueError(
-      f"model.moe.capacity_groups={groups} must be a multiple of the {shards} "
-      f"devices that share the rows, and divide the {num_rows * shards} tokens "
-      "of a batch."
-    )
-  return groups // shards
-
-
-def _axis(x, params, config, num_rows, num_experts, slots, num_groups):
-  """The mesh axis that tokens travel along; None: weights come instead."""
-  mesh = activations.current()
-  if mesh is None or mesh.shape["expert"] == 1:
-    return None
-  kernels = [p["kernel"] for p in params.values()]
-  move = exchange.choose(
-    num_rows,
-    num_experts,
-    config.top_k,
-    x.shape[-1],
-    sum(kernel.size for kernel in kernels) // num_experts,
-    mesh.shape["expert"],
-    slots,
-    num_groups,
-    config.move,
-  )
-  return "expert" if move == "tokens" else None
 
 
 # Maps whose input, not output, `tensor` cuts.

@@ -27,6 +27,8 @@ def peer_spec(config: Mapping[str, Any], stage_name: str) -> dict[str, Any]:
   problem = None
   if not stage["use_adapters"] or not mole["num_experts"]:
     problem = "trains no adapters"
+  elif stage.get("use_experts", False):
+    problem = "has whole FFNs as experts"
   elif model["vision"]["family"] != "clip":
     problem = f"has a {model['vision']['family']} tower"
   elif mole["num_experts"] > 1 and mole["top_k"] > 1:

@@ -1,6 +1,7 @@
 """Times a stage's real train step: compilation, memory, steps, waiting."""
 
 import contextlib
+import dataclasses
 import itertools
 import tempfile
 import time
@@ -12,6 +13,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from mole_jax.compiled import memory
+from mole_jax.models import llava, moe
 from mole_jax.timing import clock, machine, synthetic
 from mole_jax.training import loop, metrics, state
 from mole_jax.training import stage as stage_lib
@@ -192,6 +194,14 @@ def report(
   }
 
 
+def _full_experts(model: llava.LlavaConfig) -> dict[str, Any] | None:
+  """Of a model with whole FFNs as experts: by layer, and how tokens meet them."""
+  if not model.moe.is_on:
+    return None
+  by_layer = moe.experts_by_layer(model.moe, model.decoder.num_layers)
+  return dataclasses.asdict(model.moe) | {"by_layer": by_layer}
+
+
 def describe(stage: stage_lib.Stage) -> dict[str, Any]:
   """What a stage is, as far as its speed goes."""
   settings, model = stage.settings, stage.model_config
@@ -207,6 +217,7 @@ def describe(stage: stage_lib.Stage) -> dict[str, Any]:
     "top_k": model.mole.top_k,
     "rank": model.mole.rank,
     "dispatch": model.mole.dispatch,
+    "full_experts": _full_experts(model),
     "mesh": dict(stage.mesh.shape),
     "trainable_parameters": int(totals[0]),
     "frozen_parameters": int(totals[1]),

@@ -17,11 +17,19 @@ def print_about(found: Found, console: rich.console.Console) -> None:
     f"{where['num_devices']} {where['device_kind']} ({where['cpu']}, "
     f"{where['num_cores']} cores), jax {found['versions']['jax']}"
   )
+  experts = f"{about['num_experts']} experts of rank {about['rank']}"
+  if about["full_experts"]:
+    by_layer = about["full_experts"]["by_layer"]
+    routed = [number for number in by_layer if number]
+    experts = (
+      f"{max(routed)} whole FFNs in {len(routed)} of {len(by_layer)} layers, "
+      f"top {about['full_experts']['top_k']}"
+    )
   console.print(
     f"{about['batch_size']} rows of {about['max_length']} tokens, "
     f"{about['max_images']} images a row, {about['dtype']}, remat "
-    f"{about['remat']}, {about['num_experts']} experts of rank "
-    f"{about['rank']}; {about['flops']['total'] / 1e12:.3g} TFLOP a step"
+    f"{about['remat']}, {experts}; "
+    f"{about['flops']['total'] / 1e12:.3g} TFLOP a step"
   )
 
 

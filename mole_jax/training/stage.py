@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mole_jax.models import llava, moe
+from mole_jax.models import ffn, llava, moe
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
@@ -94,6 +94,27 @@ class Stage:
       settings["max_images"],
       uses_features=self.uses_features,
     )
+
+  def exchange_plans(self) -> dict[int, moe.ExchangePlan]:
+    """By number of experts, what layers with full experts do on the mesh."""
+    config, settings = self.model_config, self.settings
+    d = config.decoder
+    shapes = ffn.linear_shapes("swiglu", d.hidden_size, d.intermediate_size)
+    kinds = moe.experts_by_layer(config.moe, d.num_layers)
+    return {
+      kind: moe.plan_exchange(
+        config.moe,
+        kind,
+        settings["batch_size"] * settings["max_length"],
+        d.hidden_size,
+        sum(shape.fan_in * shape.fan_out for shape in shapes.values()),
+        config.moe.capacity_factor,
+        num_shards=mesh_lib.num_row_shards(self.mesh),
+        axis_size=self.mesh.shape["expert"],
+        item_bytes=jnp.dtype(config.dtype).itemsize,
+      )
+      for kind in sorted(set(kinds) - {0})
+    }
 
   def lower(self) -> jax.stages.Lowered:
     """Lowers the step from shapes alone."""
