@@ -59,9 +59,9 @@ def _exchange(
   text = f"Layers of {experts} experts: {slots}"
   if axis_size > 1:
     text += (
-      f", {how.move} travel along expert: {amount(how.bytes_tokens)}B of tokens "
-      f"or {amount(how.bytes_weights)}B of weights a layer and step, equal at "
-      f"{how.break_even_tokens:,} tokens a device"
+      f", {how.move} travel along expert: {amount(how.bytes_tokens)}B of "
+      f"tokens or {amount(how.bytes_weights)}B of weights a layer and step, "
+      f"equal at {how.break_even_tokens:,} tokens a device"
     )
   console.print(text)
 

@@ -195,7 +195,7 @@ def report(
 
 
 def _full_experts(model: llava.LlavaConfig) -> dict[str, Any] | None:
-  """Of a model with whole FFNs as experts: by layer, and how tokens meet them."""
+  """Whole FFNs as experts by layer, and how tokens meet them."""
   if not model.moe.is_on:
     return None
   by_layer = moe.experts_by_layer(model.moe, model.decoder.num_layers)

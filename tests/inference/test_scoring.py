@@ -206,7 +206,8 @@ def test_predictions_are_what_generate_says_with_and_without_sight(evaluation):
 def test_routing_counts_every_token_once_a_layer(evaluation):
   model, _, folder, _ = evaluation
   routing = read(folder, "routing.json")
-  assert set(routing) == {"num_layers", "num_experts", "counts"}
+  assert set(routing) == {"num_layers", "layers", "num_experts", "counts"}
+  assert routing["layers"] == [0, 1]
   assert (routing["num_layers"], routing["num_experts"]) == (2, 3)
   assert tuple(routing["counts"]) == DOMAINS
   for domain in DOMAINS:
