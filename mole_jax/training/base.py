@@ -1,26 +1,29 @@
 """The base: frozen parameters, written once, referred to by path and hash.
 
-    DIR/params/000/, 001/ ...    Orbax checkpoints of some parameters each
+    DIR/params/000/, 001/ ...    Orbax checkpoints of some tiles each
     DIR/base.json                what is in which, hashes; written last
 
-Parts are small, since Orbax takes some three times the memory of what it
-writes or reads, and a parameter that is larger than a part spans several: a
-base of any size is written parameter by parameter, and read so.
+A parameter is cut into tiles (see `tiles`), each with a hash of its own, so
+that a process of several reads and verifies no more than its devices hold.
+Tiles are gathered into parts, which are small, since Orbax takes some three
+times the memory of what it writes or reads: a base of any size is written
+parameter by parameter, and read part by part.
 """
 
+import collections
 import contextlib
 import ctypes
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mole_jax.training import blocks, files, state
+from mole_jax.training import blocks, files, state, tiles
 
 BASE_FILE = "base.json"
 PART_BYTES = 64 * 2**20
@@ -40,6 +43,14 @@ def digest(leaf: Any) -> str:
   for data in blocks.as_bytes(array):
     sha.update(data)
   return sha.hexdigest()
+
+
+def _digest_of_tiles(entry: Mapping[str, Any]) -> str:
+  """The sha256 of a parameter of several tiles: of theirs, in order."""
+  dtype, shape, tile = (entry[key] for key in ("dtype", "shape", "tile"))
+  head = f"{dtype} {tuple(shape)} in tiles of {tuple(tile)}\n"
+  lines = [f"{sha256}\n" for sha256 in entry["tiles"]]
+  return hashlib.sha256("".join([head, *lines]).encode()).hexdigest()
 
 
 def _digest_of_all(entries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -66,47 +77,73 @@ def write_base(
     shutil.rmtree(directory / "params")
   pairs = parameters.items() if isinstance(parameters, Mapping) else parameters
   entries: dict[str, dict[str, Any]] = {}
-  part: dict[str, Any] = {}
-  num_parts = 0
-  with alone() as checkpointer:
-
-    def flush() -> None:
-      nonlocal num_parts
-      if part:
-        path = directory / "params" / f"{num_parts:03d}"
-        checkpointer.save(
-          path, {_key(name): leaf for name, leaf in part.items()}
-        )
-        checkpointer.wait_until_finished()
-        num_parts += 1
-        part.clear()
-        _trim_memory()
-
+  with _PartWriter(directory / "params") as writer:
     for name, leaf in pairs:
-      if part and _num_bytes(part.values()) + leaf.nbytes > PART_BYTES:
-        flush()
-      entries[name] = {
-        "shape": list(leaf.shape),
-        "dtype": str(leaf.dtype),
-        "sha256": digest(leaf),
-        "part": num_parts,
-      }
-      if leaf.nbytes <= PART_BYTES:
-        part[name] = np.asarray(leaf, order="C")
-      else:
-        array = _as_matrix(np.asarray(leaf))
-        entries[name]["rows"] = []
-        for rows in blocks.row_blocks(array.shape, array.itemsize, PART_BYTES):
-          part[name] = np.ascontiguousarray(array[rows])
-          entries[name]["rows"].append(rows.stop - rows.start)
-          flush()
-        del array
+      entries[name] = _write_parameter(name, np.asarray(leaf), writer)
       del leaf
-    flush()
   sha256 = _digest_of_all(entries)
   values = {**(about or {}), "sha256": sha256, "parameters": entries}
   files.write_json(directory / BASE_FILE, values)
   return BaseReference(str(directory), sha256)
+
+
+class _PartWriter:
+  """Gathers tiles into parts and writes each that is full; a context."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder
+    self._tiles: dict[str, np.ndarray] = {}
+    self._num_parts = 0
+    self._checkpointer = alone()
+
+  def __enter__(self) -> "_PartWriter":
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    with self._checkpointer:
+      if kind is None:
+        self._flush()
+
+  def add(self, key: str, tile: np.ndarray) -> int:
+    """The number of the part into which it goes."""
+    held = sum(other.nbytes for other in self._tiles.values())
+    if held + tile.nbytes > PART_BYTES:
+      self._flush()
+    self._tiles[key] = tile
+    return self._num_parts
+
+  def _flush(self) -> None:
+    if not self._tiles:
+      return
+    path = self._folder / f"{self._num_parts:03d}"
+    self._checkpointer.save(path, self._tiles)
+    self._checkpointer.wait_until_finished()
+    self._num_parts += 1
+    self._tiles = {}
+    _trim_memory()
+
+
+def _write_parameter(
+  name: str, array: np.ndarray, writer: _PartWriter
+) -> dict[str, Any]:
+  """Its entry in base.json, see `BaseReader.parameters`."""
+  entry = {"shape": list(array.shape), "dtype": str(array.dtype)}
+  tile = tiles.tile_shape(array.shape, array.itemsize)
+  if tile == array.shape:
+    part = writer.add(_key(name), np.asarray(array, order="C"))
+    return entry | {"sha256": digest(array), "part": part}
+  hashes: list[str] = []
+  parts: list[int] = []
+  whole = tiles.whole(array.shape)
+  for number, bounds in enumerate(tiles.grid(array.shape, tile)):
+    # A copy: the array can go before its last tiles are written.
+    piece = tiles.cut(array, whole, bounds).copy()
+    hashes.append(digest(piece))
+    parts.append(writer.add(_key(name, number), piece))
+  first, last = parts[0], parts[-1]
+  entry |= {"tile": list(tile), "tiles": hashes, "part": first}
+  entry["counts"] = [parts.count(part) for part in range(first, last + 1)]
+  return entry | {"sha256": _digest_of_tiles(entry)}
 
 
 def alone() -> ocp.StandardCheckpointer:
@@ -124,10 +161,6 @@ def only_this() -> ocp.options.MultiprocessingOptions:
   )
 
 
-def _num_bytes(leaves: Iterable[Any]) -> int:
-  return sum(leaf.nbytes for leaf in leaves)
-
-
 def _trim_memory() -> None:
   """Gives freed memory back to the system.
 
@@ -138,14 +171,24 @@ def _trim_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _as_matrix(array: np.ndarray) -> np.ndarray:
-  """What a parameter is cut from: all axes but the last are rows."""
-  return array.reshape(-1, array.shape[-1])
+def _key(name: str, number: int | None = None) -> str:
+  """What a parameter, or a tile of it, is called in its part.
+
+  Orbax makes folders of slashes.
+  """
+  key = name.replace("/", ".")
+  return key if number is None else f"{key}.{number}"
 
 
-def _key(name: str) -> str:
-  """Orbax makes folders of slashes."""
-  return name.replace("/", ".")
+class _Tile(NamedTuple):
+  """Where a piece of a parameter is stored."""
+
+  name: str
+  key: str
+  part: int
+  bounds: tiles.Bounds
+  dtype: np.dtype
+  sha256: str
 
 
 def read_reference(directory: pathlib.Path) -> BaseReference | None:
@@ -157,15 +200,17 @@ def read_reference(directory: pathlib.Path) -> BaseReference | None:
 
 
 class BaseReader:
-  """A base on disk: what it holds, and its parameters one or some at a time.
+  """A base on disk: what it holds, and its parameters whole or in pieces.
 
   Raises ValueError where the base is absent or has another hash than
-  `expected_sha256` ("": any).
+  `expected_sha256` ("": any); so does what reads from a damaged one.
   """
 
   about: dict[str, Any]
-  # Path -> shape, dtype, sha256, part; of one that spans several parts from
-  # that on also "rows", how many each holds.
+  # Path -> shape, dtype, sha256, part; of one in several tiles also "tile",
+  # the sides of one, "tiles", the hashes of all, and "counts", how many are in
+  # each part from that on. An earlier version cut into "rows" instead: so many
+  # rows of all axes but the last in each part, without a hash of each.
   parameters: dict[str, dict[str, Any]]
 
   def __init__(self, directory: pathlib.Path, expected_sha256: str = ""):
@@ -187,78 +232,166 @@ class BaseReader:
         f"refers to it says {expected_sha256}: it was changed; restore it or "
         "train anew."
       )
-    if _digest_of_all(self.parameters) != sha256:
+    # From here on the hash of a tile is as good as that of the whole base.
+    if _digest_of_all(self.parameters) != sha256 or any(
+      _digest_of_tiles(entry) != entry["sha256"]
+      for entry in self.parameters.values()
+      if "tiles" in entry
+    ):
       raise ValueError(
         f"{path} was changed or damaged: its hashes do not add up; restore it "
         "or train anew."
       )
 
-  def parts(self) -> list[list[str]]:
-    """Parameters by the part that they are, or begin, in."""
-    count = 1 + max(entry["part"] for entry in self.parameters.values())
-    parts: list[list[str]] = [[] for _ in range(count)]
-    for name, entry in self.parameters.items():
-      parts[entry["part"]].append(name)
-    return parts
-
   def read(self, name: str) -> np.ndarray:
     """One parameter, verified, in memory of the host; not to be changed.
 
-    Of a part with several parameters all are kept until another is read from.
+    The part that was read last is kept: it holds what comes next.
     """
+    return self._read_region(name, tiles.whole(self.parameters[name]["shape"]))
+
+  def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    """Entries [start, stop) of a parameter's first axis, as `read`.
+
+    Of a stacked parameter these are layers, and no others are read.
+    """
+    _, *rest = tiles.whole(self.parameters[name]["shape"])
+    return self._read_region(name, ((start, stop), *rest))
+
+  def read_onto(
+    self, shardings: Mapping[str, jax.sharding.Sharding | None]
+  ) -> state.Flat:
+    """Parameters on devices, verified; None: on the first device.
+
+    Of each a process reads what its own devices hold, in whole tiles. Besides
+    these shards it needs memory for a part, and once more for its shards of
+    the parameter that it is at.
+    """
+    flat: state.Flat = {}
+    shards: dict[str, tiles.LocalShards] = {}
+    by_part: dict[int, list[_Tile]] = {}
+    num_left = collections.Counter[str]()
+    for name, sharding in shardings.items():
+      entry, place = self.parameters[name], sharding or _first_device()
+      if "rows" in entry:
+        array = self.read(name)
+        flat[name] = jax.make_array_from_callback(
+          array.shape, place, lambda index, array=array: array[index]
+        )
+        del array
+        continue
+      dtype = np.dtype(entry["dtype"])
+      held = tiles.LocalShards(entry["shape"], dtype, place)
+      shards[name] = held
+      for tile in self._tiles(name):
+        if held.want(tile.bounds):
+          num_left[name] += 1
+          by_part.setdefault(tile.part, []).append(tile)
+    for number, wanted in sorted(by_part.items()):
+      pieces = self._restore(number, wanted)
+      for tile in wanted:
+        piece = self._verified(tile, pieces[tile.key])
+        shards[tile.name].fill(tile.bounds, piece)
+        num_left[tile.name] -= 1
+      # Devices may take memory of the host, too: the part goes first.
+      del pieces, piece
+      _trim_memory()
+      for name in {tile.name for tile in wanted if not num_left[tile.name]}:
+        flat[name] = shards.pop(name).on_devices()
+    return {name: flat[name] for name in shardings}
+
+  def _tiles(self, name: str) -> Iterator[_Tile]:
     entry = self.parameters[name]
-    number, dtype = entry["part"], np.dtype(entry["dtype"])
+    dtype, part = np.dtype(entry["dtype"]), entry["part"]
+    if "tiles" not in entry:
+      whole = tiles.whole(entry["shape"])
+      yield _Tile(name, _key(name), part, whole, dtype, entry["sha256"])
+      return
+    parts = np.repeat(np.arange(len(entry["counts"])) + part, entry["counts"])
+    grid = tiles.grid(entry["shape"], entry["tile"])
+    for number, (part, bounds, sha256) in enumerate(
+      zip(parts.tolist(), grid, entry["tiles"], strict=True)
+    ):
+      yield _Tile(name, _key(name, number), part, bounds, dtype, sha256)
+
+  def _read_region(self, name: str, wanted: tiles.Bounds) -> np.ndarray:
+    entry = self.parameters[name]
     if "rows" in entry:
-      self._held = (-1, {})
-      array = np.empty(entry["shape"], dtype)
-      matrix, start = _as_matrix(array), 0
-      for i, count in enumerate(entry["rows"]):
-        shapes = {name: ((count, matrix.shape[1]), dtype)}
-        piece = self._restore(number + i, shapes)[name]
-        matrix[start : start + count] = piece
-        start += count
-        del piece
-    else:
-      if self._held[0] != number:
+      array = self._read_in_rows(name)
+      return tiles.cut(array, tiles.whole(array.shape), wanted)
+    region = np.empty(tiles.sides(wanted), entry["dtype"])
+    for tile in self._tiles(name):
+      both = tiles.overlap(tile.bounds, wanted)
+      if both is None:
+        continue
+      if self._held[0] != tile.part:
         self._held = (-1, {})  # Let go before the next one is read.
-        shapes = {
-          other: (tuple(held["shape"]), np.dtype(held["dtype"]))
-          for other, held in self.parameters.items()
-          if held["part"] == number
-        }
-        self._held = (number, self._restore(number, shapes))
-      array = self._held[1][name]
-    if digest(array) != entry["sha256"]:
+        self._held = (tile.part, self._restore(tile.part, self._in(tile.part)))
+      piece = self._verified(tile, self._held[1][tile.key])
+      tiles.cut(region, wanted, both)[...] = tiles.cut(piece, tile.bounds, both)
+    return region
+
+  def _in(self, part: int) -> list[_Tile]:
+    """Every tile of a part."""
+    found = []
+    for name, entry in self.parameters.items():
+      num_parts = len(entry.get("counts", [1]))
+      if "rows" not in entry and 0 <= part - entry["part"] < num_parts:
+        found += [tile for tile in self._tiles(name) if tile.part == part]
+    return found
+
+  def _read_in_rows(self, name: str) -> np.ndarray:
+    """Of an earlier version, with one hash of the whole parameter."""
+    entry = self.parameters[name]
+    self._held = (-1, {})
+    array = np.empty(entry["shape"], entry["dtype"])
+    matrix, start = array.reshape(-1, array.shape[-1]), 0
+    for part, count in enumerate(entry["rows"], entry["part"]):
+      bounds = ((start, start + count), (0, matrix.shape[1]))
+      tile = _Tile(name, _key(name), part, bounds, array.dtype, "")
+      matrix[start : start + count] = self._restore(part, [tile])[tile.key]
+      start += count
+    whole = _Tile(name, "", -1, (), array.dtype, entry["sha256"])
+    return self._verified(whole, array)
+
+  def _verified(self, tile: _Tile, piece: np.ndarray) -> np.ndarray:
+    if digest(piece) != tile.sha256:
       raise ValueError(
-        f"the base in {self.directory} was changed or damaged: {name} does "
-        "not have its sha256; restore it or train anew."
+        f"the base in {self.directory} was changed or damaged: {tile.name} "
+        "does not have its sha256; restore it or train anew."
       )
-    return array
+    return piece
 
   def _restore(
-    self, number: int, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+    self, number: int, wanted: Sequence[_Tile]
   ) -> dict[str, np.ndarray]:
-    wanted = {_key(name): np.empty(*shapes[name]) for name in shapes}
-    with alone() as checkpointer:
-      path = self.directory / "params" / f"{number:03d}"
-      tree = checkpointer.restore(path, wanted)
+    """Some tiles of a part by key, and no bytes of others; not verified."""
+    path = self.directory / "params" / f"{number:03d}"
+    tree = {
+      tile.key: np.empty(tiles.sides(tile.bounds), tile.dtype)
+      for tile in wanted
+    }
+    args = ocp.args.PyTreeRestore(
+      item=tree,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+      partial_restore=True,
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=only_this())
+    try:
+      pieces = handler.restore(path, args=args)
+    except (OSError, KeyError, ValueError) as error:
+      raise ValueError(
+        f"the base in {self.directory} was changed or damaged: {path} cannot "
+        f"be read ({error}); restore it or train anew."
+      ) from error
+    finally:
+      handler.close()
     _trim_memory()
-    return {name: tree[_key(name)] for name in shapes}
+    return pieces
 
-  def read_part(
-    self, number: int, shardings: Mapping[str, Any] | None = None
-  ) -> state.Flat:
-    """The parameters of a part, verified; without shardings, on one device."""
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    flat = {}
-    for name in self.parts()[number]:
-      array = self.read(name)
-      flat[name] = jax.make_array_from_callback(
-        array.shape,
-        (shardings[name] if shardings else None) or first,
-        lambda index, array=array: array[index],
-      )
-    return flat
+
+def _first_device() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def read_base(
@@ -286,11 +419,7 @@ def read_base(
     if name in reader.parameters or name not in optional
   }
   _check_fit(reader.directory, reader.parameters, shapes)
-  shardings = {name: leaf.sharding for name, leaf in shapes.items()}
-  flat: state.Flat = {}
-  for number in range(len(reader.parts())):
-    flat |= reader.read_part(number, shardings)
-  return {name: flat[name] for name in shapes}
+  return reader.read_onto({n: leaf.sharding for n, leaf in shapes.items()})
 
 
 def _check_fit(

@@ -48,9 +48,11 @@ def write_on(base, folder, *, use_visual_tokens=False, trained=(), **mole):
   reader = base_lib.BaseReader(base)
   flat = _draw(config)
   trainable, _ = state.split(flat, stage["trainable"])
-  for number in range(len(reader.parts())):
-    held = reader.read_part(number)
-    flat |= {path: held[path] for path in held if path not in trainable}
+  flat |= {
+    path: jax.numpy.asarray(reader.read(path))
+    for path in reader.parameters
+    if path not in trainable
+  }
   _write(folder, config, flat, base_lib.read_reference(base))
   return config, flat
 

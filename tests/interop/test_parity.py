@@ -29,9 +29,7 @@ def convert(model, folder):
   reader = base_lib.BaseReader(folder / "base")
   config = llava.make_config(sources.full_model_section(reader.about["model"]))
   return config, {
-    name: leaf
-    for number in range(len(reader.parts()))
-    for name, leaf in reader.read_part(number).items()
+    name: jnp.asarray(reader.read(name)) for name in reader.parameters
   }
 
 

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mole_jax.training import base as base_lib
-from mole_jax.training import files
+from mole_jax.training import files, tiles
 
 BASE = {
   "decoder/norm/scale": jnp.arange(4.0),
@@ -99,41 +99,132 @@ def test_what_a_stage_trains_may_be_absent(tmp_path):
   assert read.keys() == BASE.keys()
 
 
-def test_a_parameter_that_is_larger_than_a_part_spans_several(
-  tmp_path, monkeypatch
-):
-  monkeypatch.setattr(base_lib, "PART_BYTES", 64)
+@pytest.fixture
+def small_tiles(monkeypatch):
+  """Tiles of 16 numbers, two in a part."""
+  monkeypatch.setattr(tiles, "TILE_BYTES", 64)
+  monkeypatch.setattr(base_lib, "PART_BYTES", 128)
+
+
+def make_large():
   rng = np.random.default_rng(0)
-  large = {
+  return {
     "before": np.array(3.5, np.float32),
-    "stacked": rng.random((3, 5, 4), np.float32),  # 4 rows of 16 a part.
-    "transposed": rng.random((4, 30), np.float32).T,
+    "stacked": rng.random((3, 5, 8), np.float32),
+    "transposed": rng.random((8, 12), np.float32).T,
     "wide": rng.random((3, 50), np.float32).astype(ml_dtypes.bfloat16),
     "after": jnp.arange(20.0),
   }
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_parameter_that_is_larger_than_a_tile_is_read_in_pieces(
+  tmp_path, monkeypatch
+):
+  large = make_large()
   whole = base_lib.write_base(tmp_path / "one", large)
   reader = base_lib.BaseReader(tmp_path / "one")
-  assert reader.parameters["stacked"]["rows"] == [4, 4, 4, 3]
-  assert reader.parameters["transposed"]["rows"] == [4] * 7 + [2]
-  assert reader.parameters["wide"]["rows"] == [1, 1, 1]
+  entry = reader.parameters["stacked"]
+  assert entry["tile"] == [1, 3, 4]
+  assert len(entry["tiles"]) == sum(entry["counts"]) == 3 * 2 * 2
+  assert "tiles" not in reader.parameters["before"]
   read = base_lib.read_base(tmp_path / "one", shapes_of(large), whole.sha256)
   for name, array in large.items():
     assert read[name].dtype == reader.read(name).dtype == array.dtype
     np.testing.assert_array_equal(read[name], array)
     np.testing.assert_array_equal(reader.read(name), array)
-  names = [name for part in reader.parts() for name in part]
-  assert names == list(large)
-  # The hash is that of the content, however it is cut.
+  rows = reader.read_rows("stacked", 1, 3)
+  np.testing.assert_array_equal(rows, large["stacked"][1:3])
+  # The hash is that of the content, however it is put into parts.
   monkeypatch.setattr(base_lib, "PART_BYTES", 10**6)
   assert base_lib.write_base(tmp_path / "two", large).sha256 == whole.sha256
-  # Rows of another parameter of the same shape are found.
-  params = tmp_path / "one" / "params"
-  first = reader.parameters["stacked"]["part"]
-  swapped = (f"{first:03d}", "swap"), (f"{first + 1:03d}", f"{first:03d}")
-  for source, target in (*swapped, ("swap", f"{first + 1:03d}")):
-    (params / source).rename(params / target)
-  with pytest.raises(ValueError, match="damaged: stacked does not have"):
-    base_lib.read_base(tmp_path / "one", shapes_of(large), "")
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_tile_in_the_place_of_another_is_found(tmp_path):
+  large = make_large()
+  base_lib.write_base(tmp_path, large)
+  entry = base_lib.BaseReader(tmp_path).parameters["stacked"]
+  changed = large["stacked"].copy()
+  changed[2, :3, :4] = large["stacked"][2, :3, 4:]
+  says = (tmp_path / base_lib.BASE_FILE).read_text()
+  base_lib.write_base(tmp_path, large | {"stacked": changed})
+  (tmp_path / base_lib.BASE_FILE).write_text(says)
+  reader = base_lib.BaseReader(tmp_path)
+  np.testing.assert_array_equal(
+    reader.read_rows("stacked", 0, 2), large["stacked"][:2]
+  )
+  for read in (
+    lambda: reader.read("stacked"),
+    lambda: reader.read_rows("stacked", 2, 3),
+    lambda: base_lib.read_base(tmp_path, shapes_of(large), ""),
+  ):
+    with pytest.raises(ValueError, match="damaged: stacked does not have"):
+      read()
+  # Nor does it help to change its hash.
+  one, other = entry["tiles"][8:10]
+  assert says.count(one) == 1
+  (tmp_path / base_lib.BASE_FILE).write_text(says.replace(one, other))
+  with pytest.raises(ValueError, match="its hashes do not add up"):
+    base_lib.BaseReader(tmp_path)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_part_that_cannot_be_read_is_named(tmp_path):
+  base_lib.write_base(tmp_path, make_large())
+  (tmp_path / "params" / "001" / "manifest.ocdbt").write_bytes(b"")
+  reader = base_lib.BaseReader(tmp_path)
+  assert reader.read("before") == 3.5
+  with pytest.raises(ValueError, match="damaged: .*/params/001 cannot be read"):
+    reader.read("stacked")
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("spec", [("x", None), (None, "x"), (("x", "y"),), ()])
+def test_each_device_gets_its_piece(tmp_path, spec):
+  rng = np.random.default_rng(0)
+  base = {
+    "square": rng.random((16, 24), np.float32),
+    "small": rng.random((8, 2), np.float32),
+  }
+  base_lib.write_base(tmp_path, base)
+  mesh = jax.make_mesh((2, 4), ("x", "y"))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  read = base_lib.BaseReader(tmp_path).read_onto(dict.fromkeys(base, place))
+  for name, array in base.items():
+    assert read[name].sharding == place
+    np.testing.assert_array_equal(read[name], array)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_no_device_holds_is_not_read(tmp_path, monkeypatch, axis):
+  """A process with the first half of the devices, by rows or by columns."""
+  array = np.random.default_rng(0).random((16, 24), np.float32)
+  base_lib.write_base(tmp_path, {"square": array})
+  rows, columns = array.shape
+  half = (slice(rows // (2 - axis)), slice(columns // (1 + axis)))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  monkeypatch.setattr(
+    type(place), "addressable_devices_indices_map", lambda *_: {0: half}
+  )
+  monkeypatch.setattr(
+    tiles.LocalShards,
+    "on_devices",
+    lambda self: jnp.asarray(*self._shards.values()),
+  )
+  restored = []
+  restore = base_lib.BaseReader._restore
+
+  def spy(self, number, wanted):
+    restored.extend(wanted)
+    return restore(self, number, wanted)
+
+  monkeypatch.setattr(base_lib.BaseReader, "_restore", spy)
+  read = base_lib.BaseReader(tmp_path).read_onto({"square": place})
+  np.testing.assert_array_equal(read["square"], array[half])
+  sizes = [np.prod(tiles.sides(tile.bounds)) for tile in restored]
+  assert sum(sizes) == array.size // 2
 
 
 def test_a_base_of_an_earlier_version_is_read(tmp_path):
@@ -156,6 +247,36 @@ def test_a_base_of_an_earlier_version_is_read(tmp_path):
   for name, leaf in BASE.items():
     assert read[name].dtype == leaf.dtype
     np.testing.assert_array_equal(read[name], leaf)
+
+
+def test_a_base_cut_into_rows_is_read(tmp_path):
+  """An earlier version's; its rows have no hashes of their own."""
+  array = np.random.default_rng(0).random((3, 5, 4), np.float32)
+  matrix = array.reshape(15, 4)
+  with ocp.StandardCheckpointer() as checkpointer:
+    for part, rows in enumerate((matrix[:8], matrix[8:])):
+      path = tmp_path / "params" / f"{part:03d}"
+      checkpointer.save(path, {"layers.kernel": rows})
+  entry = {
+    "shape": [3, 5, 4],
+    "dtype": "float32",
+    "sha256": base_lib.digest(array),
+    "part": 0,
+    "rows": [8, 7],
+  }
+  values = {"sha256": base_lib._digest_of_all({"layers/kernel": entry})}
+  values["parameters"] = {"layers/kernel": entry}
+  files.write_json(tmp_path / base_lib.BASE_FILE, values)
+  reader = base_lib.BaseReader(tmp_path)
+  np.testing.assert_array_equal(
+    reader.read_rows("layers/kernel", 1, 2), array[1:2]
+  )
+  wanted = shapes_of({"layers/kernel": array})
+  read = base_lib.read_base(tmp_path, wanted, values["sha256"])
+  np.testing.assert_array_equal(read["layers/kernel"], array)
+  (tmp_path / "params" / "001").rename(tmp_path / "params" / "002")
+  with pytest.raises(ValueError, match="params/001 cannot be read"):
+    reader.read("layers/kernel")
 
 
 def test_a_base_is_read_onto_a_sharding(tmp_path):
