@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from mole_jax.training import blocks, files, state, tiles
 
 BASE_FILE = "base.json"
-PART_BYTES = 64 * 2**20
+PART_BYTES = 32 * 2**20
 
 
 class BaseReference(NamedTuple):

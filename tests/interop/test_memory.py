@@ -11,7 +11,7 @@ from mole_jax.training import checkpoint
 from tests.interop import memory, random_run
 
 # 344 MB, the largest stacked parameter 69 MB, the bound 604 MB. Measured:
-# 490 to 550 MB, and 740 to 775 MB where all parameters were held.
+# 465 to 480 MB, and 740 to 775 MB where all parameters were held.
 SHAPE = memory.Shape(hidden=512, ffn=1408, layers=24, vocab=8192)
 TINY = memory.Shape(hidden=64, ffn=96, layers=2, vocab=128)
 
