@@ -5,7 +5,9 @@ python -m mole_jax.main --config=configs/mole3.py --workdir=runs/mole3
 Any setting can be overridden: --config.stages.mole.optim.lr=3e-4. The same
 command again skips what stands in the workdir and resumes what does not.
 Exit codes: 0 done; 1 training failed; 2 wrong usage or configuration; 130 or
-143 interrupted, everything saved, run the command again.
+143 interrupted, everything saved, run the command again. Of several processes
+those that are left end with 1 or 134 when one has died, and all with 1 when one
+hangs longer than MOLE_HANG_SECONDS (1800).
 """
 
 import collections
@@ -98,6 +100,10 @@ def main(argv: Sequence[str]) -> int:
   ) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    processes.end_after(error)
 
 
 def _command(argv: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -31,7 +32,13 @@ def free_port():
 
 
 def start(workdir, *args, num_processes=1):
-  """The command in one process or several; each is a leader of its group."""
+  """The command in one process or several."""
+  command = test_main.command(f"--workdir={workdir}", *SETTINGS, *args)
+  return start_command(command, num_processes)
+
+
+def start_command(command, num_processes, **variables):
+  """Any command in as many processes, with one device each."""
   address = f"127.0.0.1:{free_port()}"
   started = []
   for index in range(num_processes):
@@ -41,15 +48,25 @@ def start(workdir, *args, num_processes=1):
       environment |= dict(zip(processes.EXPLICIT, values, strict=True))
     started.append(
       subprocess.Popen(
-        test_main.command(f"--workdir={workdir}", *SETTINGS, *args),
+        command,
         cwd=test_main.ROOT,
-        env=environment,
+        env=environment | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
       )
     )
   return started
+
+
+def wait_for_steps(started, workdir, count=2):
+  """Returns once some are logged; fails if a process ends before."""
+  metrics = workdir / "base" / "metrics.jsonl"
+  deadline = time.time() + 240
+  while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+    assert all(p.poll() is None for p in started), finish(started)
+    assert time.time() < deadline
+    time.sleep(0.005)
 
 
 def finish(started):
@@ -75,12 +92,7 @@ def one(tmp_path_factory):
 def test_two_processes_stop_together_and_one_goes_on(one, tmp_path):
   workdir = tmp_path / "run"
   started = start(workdir, num_processes=2)
-  metrics = workdir / "base" / "metrics.jsonl"
-  deadline = time.time() + 240
-  while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-    assert all(p.poll() is None for p in started), finish(started)
-    assert time.time() < deadline
-    time.sleep(0.005)
+  wait_for_steps(started, workdir)
   # The one that does not print is told; both save the same step.
   started[1].send_signal(signal.SIGTERM)
   codes, ((first, _), (second, _)) = finish(started)
@@ -108,6 +120,117 @@ def test_what_is_wrong_ends_both_and_is_said_once(tmp_path):
   errors = [error for _, error in outputs]
   assert "holds a run of another config" in errors[0]
   assert "holds a run of another config" not in errors[1]
+
+
+def test_when_one_is_killed_the_other_ends_and_says_why(tmp_path):
+  workdir = tmp_path / "run"
+  started = start(
+    workdir, "--config.stages.base.num_steps=100000", num_processes=2
+  )
+  wait_for_steps(started, workdir)
+  started[1].kill()
+  began = time.time()
+  codes, ((_, error), _) = finish(started)
+  assert time.time() - began < 45
+  assert codes[1] == -signal.SIGKILL
+  # In a computation that both share, or before by the coordinator.
+  assert codes[0] in (1, -signal.SIGABRT), error
+  if codes[0] == 1:
+    last = error.splitlines()[-1]
+    assert last.startswith("error: process 0 of 2 cannot go on; if no reason")
+    assert last.endswith("the same command, in all processes, resumes.")
+  else:
+    assert "another task died" in error
+
+
+def test_two_processes_make_features_once_and_train_on_them_alike(
+  features_base, tmp_path
+):
+  """Of two on one disk one makes them and the other waits."""
+  args = [
+    *MOLE,
+    f"--config.base.path={features_base}",
+    "--config.stages.mole.mixture.biomedical.name=embedded/biomedical",
+  ]
+  found = {}
+  for name, setting, count in (
+    ("pixels", "none", 2),
+    ("cached", "cached", 2),
+    ("one", "cached", 1),
+  ):
+    workdir = tmp_path / name
+    more = [*args, f"--config.data.features={setting}"]
+    codes, outputs = finish(start(workdir, *more, num_processes=count))
+    assert codes == [0] * count, outputs
+    found[name] = losses(workdir, "mole")
+    said = outputs[0][0]
+    assert ("reads cached features" in said) == (setting == "cached")
+    folders = sorted((workdir / "features").glob("*"))
+    assert len(folders) == (3 if setting == "cached" else 0)
+    for folder in folders:
+      assert (folder / "about.json").exists()
+      assert not list(folder.glob(".partial*"))
+  for name in ("cached", "one"):
+    assert found[name].keys() == found["pixels"].keys()
+    for step, loss in found["pixels"].items():
+      assert found[name][step] == pytest.approx(loss, rel=1e-6), (name, step)
+
+
+# What the loop does, with a step that takes no time to compile.
+HANGS = """
+import ctypes, sys, time
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from mole_jax.parallel import processes
+
+def next_batch(number):
+  if number == 3 and jax.process_index() == 1:
+    {hang}
+
+processes.start()
+try:
+  with processes.Watchdog() as watchdog:
+    for number in range(10**6):
+      watchdog.still_alive()
+      next_batch(number)
+      multihost_utils.process_allgather(np.int32(number))
+except jax.errors.JaxRuntimeError as error:
+  processes.end_after(error)
+"""
+
+
+@pytest.mark.parametrize(
+  "hang",
+  ["time.sleep(600)", "ctypes.PyDLL(None).sleep(600)"],
+  ids=["in Python", "in C, where no other thread of Python can run"],
+)
+def test_when_one_hangs_all_end_and_say_where(tmp_path, hang):
+  script = tmp_path / "hangs.py"
+  script.write_text(HANGS.format(hang=hang))
+  started = start_command(
+    [sys.executable, str(script)],
+    num_processes=2,
+    PYTHONPATH=str(test_main.ROOT),
+    MOLE_HANG_SECONDS="8",
+  )
+  began = time.time()
+  codes, ((_, waiting), (_, hanging)) = finish(started)
+  assert time.time() - began < 120
+  # The other one hangs in its turn, or is ended by the coordinator.
+  assert codes[1] == 1 and codes[0] in (1, -signal.SIGABRT), waiting
+  assert "in next_batch" in hanging and str(script) in hanging
+  if "time" in hang:
+    assert hanging.splitlines()[-1].startswith(
+      "error: process 1 of 2 has done no step for 8 s (MOLE_HANG_SECONDS)"
+    )
+  else:
+    assert "Timeout (0:00:13)!" in hanging
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
+def test_a_time_to_hang_that_is_none_is_refused(value):
+  with pytest.raises(ValueError, match="MOLE_HANG_SECONDS=.*wanted seconds"):
+    processes.start({processes.HANG_VARIABLE: value})
 
 
 def test_half_of_the_variables_is_an_error():

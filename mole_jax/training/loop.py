@@ -103,7 +103,8 @@ def run_stage(
   checkpoints = checkpoint.StageCheckpoints(
     directory, settings["max_checkpoints"]
   )
-  with checkpoints, StopRequest() as stop:
+  watchdog = processes.Watchdog()
+  with watchdog, checkpoints, StopRequest() as stop:
     start = checkpoints.latest_step() or 0
     if start:
       train_state, _ = checkpoints.restore(start, stage.state_shapes())
@@ -128,7 +129,7 @@ def run_stage(
     open_writer = metrics.Writer if processes.is_first() else metrics.NoWriter
     with open_writer(directory, start) as writer:
       for number in range(start + 1, end + 1):
-        processes.still_alive()
+        watchdog.still_alive(is_first=number == start + 1)
         # The step before this one is still at work: what it takes to get a
         # batch and to send it costs time only where it takes longer.
         asked = time.perf_counter()
