@@ -200,7 +200,12 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
       )
       if stores is not None:
         with progress.Progress(console) as bar:
-          tower.make(stores, console.print, bar.see_images)
+          # One process after the other: on a disk that they share the first
+          # makes them all, and no two write.
+          make = functools.partial(
+            tower.make, stores, console.print, bar.see_images
+          )
+          processes.first_then_all(make)
     except ValueError as error:
       print(f"error: {error}", file=sys.stderr)
       return 2

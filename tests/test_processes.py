@@ -21,7 +21,13 @@ SETTINGS = [
   f"--config.stages.base.num_steps={NUM_STEPS}",
   "--config.stages.base.checkpoint_every=1000",
   "--config.stages.base.log_every=1",
-  "--config.evaluation.datasets={}",
+]
+NO_EVALUATION = "--config.evaluation.datasets={}"
+ADAPTERS = [
+  "--config.stage_names=('mole',)",
+  "--config.stages.mole.batch_size=4",
+  "--config.stages.mole.num_steps=6",
+  "--config.stages.mole.log_every=1",
 ]
 
 
@@ -75,23 +81,23 @@ def finish(started):
   return [process.returncode for process in started], outputs
 
 
-def losses(workdir):
-  lines = (workdir / "base" / "metrics.jsonl").read_text().splitlines()
+def losses(workdir, stage="base"):
+  lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
   return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-  """Losses of one process."""
+  """The run of one process."""
   workdir = tmp_path_factory.mktemp("one") / "run"
-  codes, outputs = finish(start(workdir))
+  codes, outputs = finish(start(workdir, NO_EVALUATION))
   assert codes == [0], outputs
-  return losses(workdir)
+  return workdir
 
 
 def test_two_processes_stop_together_and_one_goes_on(one, tmp_path):
   workdir = tmp_path / "run"
-  started = start(workdir, num_processes=2)
+  started = start(workdir, NO_EVALUATION, num_processes=2)
   wait_for_steps(started, workdir)
   # The one that does not print is told; both save the same step.
   started[1].send_signal(signal.SIGTERM)
@@ -103,11 +109,11 @@ def test_two_processes_stop_together_and_one_goes_on(one, tmp_path):
   saved = max(losses(workdir))
   assert 2 <= saved < NUM_STEPS
   # Another number of processes, and of devices, goes on.
-  codes, outputs = finish(start(workdir))
+  codes, outputs = finish(start(workdir, NO_EVALUATION))
   assert codes == [0], outputs
-  together = losses(workdir)
-  assert together.keys() == one.keys()
-  for step, loss in one.items():
+  alone, together = losses(one), losses(workdir)
+  assert together.keys() == alone.keys()
+  for step, loss in alone.items():
     assert together[step] == pytest.approx(loss, rel=1e-6), step
 
 
@@ -143,37 +149,33 @@ def test_when_one_is_killed_the_other_ends_and_says_why(tmp_path):
     assert "another task died" in error
 
 
-def test_two_processes_make_features_once_and_train_on_them_alike(
-  features_base, tmp_path
-):
-  """Of two on one disk one makes them and the other waits."""
-  args = [
-    *MOLE,
-    f"--config.base.path={features_base}",
-    "--config.stages.mole.mixture.biomedical.name=embedded/biomedical",
-  ]
+def test_two_processes_train_on_features_that_one_of_them_made(one, tmp_path):
+  args = [*ADAPTERS, f"--config.base.path={one / 'base'}"]
   found = {}
-  for name, setting, count in (
-    ("pixels", "none", 2),
-    ("cached", "cached", 2),
-    ("one", "cached", 1),
-  ):
-    workdir = tmp_path / name
-    more = [*args, f"--config.data.features={setting}"]
-    codes, outputs = finish(start(workdir, *more, num_processes=count))
-    assert codes == [0] * count, outputs
-    found[name] = losses(workdir, "mole")
-    said = outputs[0][0]
-    assert ("reads cached features" in said) == (setting == "cached")
-    folders = sorted((workdir / "features").glob("*"))
-    assert len(folders) == (3 if setting == "cached" else 0)
-    for folder in folders:
-      assert (folder / "about.json").exists()
-      assert not list(folder.glob(".partial*"))
-  for name in ("cached", "one"):
-    assert found[name].keys() == found["pixels"].keys()
-    for step, loss in found["pixels"].items():
-      assert found[name][step] == pytest.approx(loss, rel=1e-6), (name, step)
+  for setting in ("none", "cached"):
+    workdir = tmp_path / setting
+    features = f"--config.data.features={setting}"
+    codes, ((out, error), (second, _)) = finish(
+      start(workdir, *args, features, num_processes=2)
+    )
+    assert codes == [0, 0], out + error
+    found[setting] = losses(workdir, "mole")
+    assert ("reads cached features" in out) == (setting == "cached")
+    says = (
+      "a run of several processes is evaluated on one machine: python -m "
+      f"mole_jax.evaluate --ckpt {workdir}"
+    )
+    assert says in out.splitlines()
+    assert "evaluate" not in second
+    assert (workdir / "report" / "index.html").exists()
+  for folder in (workdir / "features").iterdir():
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+      "about.json", "first.npy", "part-00000.npy", "part-00000.bad.npy"
+    }  # fmt: skip
+  assert found["cached"].keys() == found["none"].keys()
+  for step, loss in found["none"].items():
+    assert found["cached"][step] == pytest.approx(loss, rel=1e-6), step
 
 
 # What the loop does, with a step that takes no time to compile.

@@ -84,8 +84,7 @@ class FrozenTower:
     config: the resolved configuration.
     model_config: of the stage.
     parameters: the tower's, of the type in which it runs.
-    mesh: of the run. Of several hosts each makes features for itself, or
-      waits for another one that shares its disk.
+    mesh: of the run. Of several processes each uses its own devices alone.
   """
 
   def __init__(
