@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import transformers
+import yaml
 from PIL import Image
 
+from mole_jax.training import command_line
 from tests import test_main
 from tests.interop import torch_models
 
@@ -95,6 +97,8 @@ def test_the_other_commands_work_after_it(workplace):
       continue  # Marked `tpu`: it needs that compiler.
     if "mole_jax.bench" in line and ":7b" in line:
       continue  # It needs a GPU.
+    if "mole_jax.main" in line and ":7b" in line:
+      continue  # It needs weights: test_commands_for_gpus_parse.
     args = shlex.split(line)[1:]
     if "mole_jax.main" in line and ("weights/" in line or ":smol" in line):
       args += FEW_STEPS
@@ -134,6 +138,42 @@ def check_the_slip(done, file):
   (message,) = re.findall(r"^train.json line .*$", README, re.MULTILINE)
   assert message in done.stdout.splitlines()
   file.write_text(file.read_text().replace("dgo.jpg", "dog.jpg"))
+
+
+# ml_collections imports config files in a way that Python will drop.
+IMPORTS = "ignore:the load_module:DeprecationWarning"
+FOR_GPUS = README.split("## On GPUs")[1].split("\n## ")[0]
+
+
+@pytest.mark.filterwarnings(IMPORTS)
+@pytest.mark.parametrize(
+  "line",
+  [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", FOR_GPUS, re.DOTALL)
+    for line in block.splitlines()
+  ],
+)
+def test_commands_for_gpus_parse(line):
+  words = shlex.split(line)
+  if "pip" in line:
+    extra = re.search(r"\[(\w+)\]", words[-1])[1]
+    assert f"\n{extra} =\n" in (ROOT / "setup.cfg").read_text()
+    return
+  if words[0] == "sky":
+    task = yaml.safe_load((ROOT / words[3]).read_text())
+    pairs = zip(words[4::2], words[5::2], strict=True)
+    given = [value.partition("=") for flag, value in pairs if flag == "--env"]
+    assert {name for name, _, _ in given} <= task["envs"].keys()
+    env = task["envs"] | {name: value for name, _, value in given}
+    words = [f"--config={env['CONFIG']}", *env["ARGS"].split()]
+  elif words[0] == "sbatch":
+    assert (ROOT / words[2]).is_file()
+  argv = [word for word in words if word.startswith("--config")]
+  assert argv[0] == "--config=configs/mole3.py:7b"
+  config = command_line.read_config(["main", *argv])
+  num_rows = config["stages"]["mole"]["batch_size"]
+  assert num_rows % config["mesh"]["fsdp"] == 0
 
 
 def test_the_notebook_example_works(workplace):
