@@ -19,10 +19,13 @@ from mole_jax.parallel import activations
 
 
 def rotary_angles(
-  positions: Int[Array, "B T"], head_dim: int, base: float
-) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
-  """Cosines and sines of Su et al. 2021, equation 34, in float32."""
-  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  positions: Int[Array, "B T"], rotary_dim: int, base: float
+) -> tuple[Float[Array, "B T 1 R2"], Float[Array, "B T 1 R2"]]:
+  """Cosines and sines of Su et al. 2021, equation 34, in float32.
+
+  `rotary_dim` is how many dimensions of a head are turned.
+  """
+  exponents = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
   frequencies = base**-exponents
   angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
   return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
@@ -30,13 +33,19 @@ def rotary_angles(
 
 def rotate(
   x: Float[Array, "B T N H"],
-  cos: Float[Array, "B T 1 H2"],
-  sin: Float[Array, "B T 1 H2"],
+  cos: Float[Array, "B T 1 R2"],
+  sin: Float[Array, "B T 1 R2"],
 ) -> Float[Array, "B T N H"]:
-  """Rotates dimension pairs (i, i + H/2), as Llama in Transformers does."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  """Rotates dimension pairs (i, i + R/2), as Llama in Transformers does.
+
+  R is the number of dimensions that the angles are for; those behind them, in
+  StableLM and Phi, pass as they are.
+  """
+  width = 2 * cos.shape[-1]
+  first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
   turned = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  turned = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  return jnp.concatenate([turned, x[..., width:]], axis=-1)
 
 
 def causal_segment_mask(

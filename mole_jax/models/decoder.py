@@ -1,7 +1,8 @@
-"""Llama-family decoder with MoLE in its MLPs.
+"""Decoder of the kinds of Llama, Qwen2, StableLM and Phi, MoLE in its MLPs.
 
-Names follow `LlamaForCausalLM` of Transformers. Layers are scanned, so compile
-time does not grow with depth; parameters carry a leading layer axis.
+Names follow `LlamaForCausalLM` of Transformers, fc1 and fc2 `PhiForCausalLM`.
+Layers are scanned, so compile time does not grow with depth; parameters carry a
+leading layer axis.
 
 Einsum axes: see lora.py; "L" are layers, "J" key positions.
 """
@@ -16,15 +17,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mole_jax.models import attention, lora, mole, pattern, remat
+from mole_jax.models import attention, ffn, lora, mole, norms, pattern, remat
 from mole_jax.models import moe as moe_lib
 from mole_jax.parallel import activations
+
+ATTENTION_BIASES = ("none", "qkv", "all")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """A decoder's shape, in Transformers' words.
 
+  norm: "rms", or "layer": with mean and bias.  norm_eps: its epsilon.
+  rotary_fraction: of a head's dimensions, how many positions turn: its first.
+  attention_bias: which of q, k, v, o have one: "none", "qkv" or "all".
+  mlp: one of `ffn.FORMS`.
+  is_parallel: attention and MLP both read one norm of the layer's input; else
+    the MLP comes after attention, with a norm of its own.
+  head_bias: whether the language-model head has one.
   sliding_window: tokens that attention reaches back, 0 for all. Longer rows
     are refused: up to this length a window changes nothing.
   max_position_embeddings: tokens that the decoder was trained for.
@@ -37,8 +47,14 @@ class DecoderConfig:
   num_heads: int = 32
   num_kv_heads: int = 32
   head_dim: int = 128
-  rms_norm_eps: float = 1e-5
+  norm: str = "rms"
+  norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  rotary_fraction: float = 1.0
+  attention_bias: str = "none"
+  mlp: str = "swiglu"
+  is_parallel: bool = False
+  head_bias: bool = False
   sliding_window: int = 0
   max_position_embeddings: int = 4096
   tie_word_embeddings: bool = False
@@ -54,6 +70,33 @@ class DecoderConfig:
         f"decoder.head_dim={self.head_dim} must be even: rotary positions "
         "turn pairs of dimensions."
       )
+    for key, value, known in (
+      ("norm", self.norm, tuple(norms.KINDS)),
+      ("attention_bias", self.attention_bias, ATTENTION_BIASES),
+      ("mlp", self.mlp, ffn.FORMS),
+    ):
+      if value not in known:
+        raise ValueError(f"decoder.{key}={value!r} must be one of {known}.")
+    if not 0 < self.rotary_fraction <= 1:
+      raise ValueError(
+        f"decoder.rotary_fraction={self.rotary_fraction} must lie in (0, 1]: "
+        "a share of decoder.head_dim."
+      )
+    if self.rotary_dim < 2 or self.rotary_dim % 2:
+      raise ValueError(
+        f"decoder.rotary_fraction={self.rotary_fraction} of "
+        f"decoder.head_dim={self.head_dim} is {self.rotary_dim} dimensions; "
+        "wanted an even number from 2 on: positions turn pairs of them."
+      )
+
+  @property
+  def rotary_dim(self) -> int:
+    """Dimensions of a head that positions turn."""
+    return int(self.head_dim * self.rotary_fraction)
+
+  def make_norm(self, name: str | None = None) -> nn.Module:
+    """A norm of this decoder."""
+    return norms.KINDS[self.norm](self.norm_eps, name=name)
 
   def check_length(self, num_tokens: int, what: str) -> None:
     """Raises ValueError where rows are longer than attention's window."""
@@ -110,8 +153,8 @@ def experts_of_routed_layers(
 class _Shared(NamedTuple):
   """What every layer receives alike."""
 
-  cos: Float[Array, "B T 1 H2"]
-  sin: Float[Array, "B T 1 H2"]
+  cos: Float[Array, "B T 1 R2"]
+  sin: Float[Array, "B T 1 R2"]
   mask: Bool[Array, "B T J"] | None
   segment_ids: Int[Array, "B T"] | None
   segments: Bool[Array, "B T S"]
@@ -133,20 +176,6 @@ def empty_cache(
   return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32 (Zhang & Sennrich 2019, equation 4)."""
-
-  epsilon: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    ones = nn.initializers.ones_init()
-    scale = self.param("scale", ones, (x.shape[-1],))
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-    return y.astype(x.dtype) * lora.along_last(scale, x)
-
-
 class SelfAttention(nn.Module):
   """Grouped-query attention with rotary positions and LoRA on q, k, v, o."""
 
@@ -165,11 +194,14 @@ class SelfAttention(nn.Module):
     c = self.config
     batch, tokens, width = x.shape
     adapter = {"rank": self.lora.rank, "alpha": self.lora.alpha}
+    has_bias = c.attention_bias in ("qkv", "all")
     rate = self.lora.dropout if self.lora.rank else 0.0
     u = lora.dropout(self, x, rate, is_training)
 
     def linear(num_heads, name):
-      module = lora.LoraLinear(num_heads * c.head_dim, name=name, **adapter)
+      module = lora.LoraLinear(
+        num_heads * c.head_dim, has_bias, name=name, **adapter
+      )
       y = module(x, u)
       y = y.reshape(batch, tokens, num_heads, c.head_dim)
       return activations.constrain(y, activations.ROWS, None, "tensor", None)
@@ -195,7 +227,11 @@ class SelfAttention(nn.Module):
     )
     y = name(y.reshape(batch, tokens, -1), "attn_out")
     o_proj = lora.LoraLinear(
-      width, init_scale=self.init_scale, name="o_proj", **adapter
+      width,
+      c.attention_bias == "all",
+      init_scale=self.init_scale,
+      name="o_proj",
+      **adapter,
     )
     u = lora.dropout(self, y, rate, is_training)
     return activations.rows(o_proj(y, u)), cache
@@ -223,27 +259,33 @@ class DecoderLayer(nn.Module):
     kept = x if self.keep_inputs else None
     # Residual branches start small: variance / (2 L), as in GPT-2.
     init_scale = 0.5 / c.num_layers
-    y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+    y = c.make_norm("input_layernorm")(x)
     self_attn = SelfAttention(c, self.lora, init_scale, name="self_attn")
-    y, cache = self_attn(y, shared, cache, self.is_training)
-    x = checkpoint_name(x + y, "resid_mid")
-    y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
+    attended, cache = self_attn(y, shared, cache, self.is_training)
+    if not c.is_parallel:
+      x = checkpoint_name(x + attended, "resid_mid")
+      y = c.make_norm("post_attention_layernorm")(x)
     y, routing = self._mlp(y, shared, init_scale)
-    return x + activations.rows(y), (routing, cache, kept)
+    y = activations.rows(y)
+    if c.is_parallel:
+      x = x + attended
+    return x + y, (routing, cache, kept)
 
   def _mlp(
     self, x: Float[Array, "B T D"], shared: _Shared, init_scale: float
   ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
     c, segments = self.config, shared.segments
     if self.num_experts == 0:
-      mlp = mole.MoleMlp(c.intermediate_size, self.mole, init_scale, name="mlp")
+      mlp = mole.MoleMlp(
+        c.intermediate_size, self.mole, init_scale, c.mlp, name="mlp"
+      )
       y, routing = mlp(x, shared.router, self.is_training)
       if routing is None:
         return y, None
       sums = mole.routing_sums(routing, segments)
       return y, LayerRouting(sums, routing.chosen)
     mlp = moe_lib.MoeMlp(
-      "swiglu",
+      c.mlp,
       c.intermediate_size,
       self.num_experts,
       self.moe,
@@ -275,7 +317,10 @@ class Decoder(nn.Module):
     self.embed_tokens = self.param("embed_tokens", normal, shape)
     if not c.tie_word_embeddings:
       self.lm_head = self.param("lm_head", normal, shape[::-1])
-    self.norm = RMSNorm(c.rms_norm_eps)
+    if c.head_bias:
+      zeros = nn.initializers.zeros_init()
+      self.lm_head_bias = self.param("lm_head_bias", zeros, shape[:1])
+    self.norm = c.make_norm()
     if self.mole.has_router and self.mole.router_scope == "shared":
       self.router = mole.Router(self.mole.num_experts)
 
@@ -288,6 +333,8 @@ class Decoder(nn.Module):
     tied = self.config.tie_word_embeddings
     head = self.embed_tokens.T if tied else self.lm_head
     logits = lora.matmul(x, head).astype(jnp.float32)
+    if self.config.head_bias:
+      logits = logits + lora.along_last(self.lm_head_bias, logits)
     if logits.ndim == 3:
       logits = activations.constrain(logits, activations.ROWS, None, "tensor")
     return logits
@@ -334,7 +381,7 @@ class Decoder(nn.Module):
     router = None
     if self.mole.has_router and self.mole.router_scope == "shared":
       router = self.router(c.hidden_size)
-    angles = attention.rotary_angles(positions, c.head_dim, c.rope_theta)
+    angles = attention.rotary_angles(positions, c.rotary_dim, c.rope_theta)
     shared = _Shared(*angles, mask, segment_ids, segments, router, slot)
     if self.moe.is_on:
       run = self._run_kinds(x, cache, shared, is_training, keep_inputs)

@@ -1,4 +1,7 @@
-"""The forms of a decoder's feed-forward network, each written once.
+"""Feed-forward blocks: their forms, and the linear maps that each consists of.
+
+A form is written once, over any way to apply a map by its name: plain, with
+LoRA experts (mole.py), or as part of an expert that is a whole block.
 
 Einsum axes: see lora.py.
 """
@@ -10,34 +13,57 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-FORMS = ("swiglu",)
+FORMS = ("swiglu", "gelu")
 
 
 class LinearShape(NamedTuple):
-  """One linear map of a form."""
+  """One linear map of a block: fan_in -> fan_out.
+
+  is_output: whether it leads back to the model's width; the others lead from
+    it.
+  """
 
   fan_in: int
   fan_out: int
   has_bias: bool
+  is_output: bool
 
 
 def linear_shapes(
-  form: str, width: int, intermediate_size: int
+  form: str, width: int, intermediate: int
 ) -> dict[str, LinearShape]:
-  """The linear maps of a form by name."""
-  return {
-    "gate_proj": LinearShape(width, intermediate_size, False),
-    "up_proj": LinearShape(width, intermediate_size, False),
-    "down_proj": LinearShape(intermediate_size, width, False),
-  }
+  """The maps of a form by name; ValueError for a form that is not known."""
+  if form == "swiglu":
+    return {
+      "gate_proj": LinearShape(width, intermediate, False, False),
+      "up_proj": LinearShape(width, intermediate, False, False),
+      "down_proj": LinearShape(intermediate, width, False, True),
+    }
+  if form == "gelu":
+    return {
+      "fc1": LinearShape(width, intermediate, True, False),
+      "fc2": LinearShape(intermediate, width, True, True),
+    }
+  raise ValueError(f"decoder.mlp={form!r} must be one of {FORMS}.")
 
 
 def ffn(
   form: str,
   linear: Callable[[str, Array], Array],
-  x: Float[Array, "... D"],
-) -> Float[Array, "... D"]:
-  """silu(gate x) * (up x), then down; `linear` applies a map by its name."""
-  gate = checkpoint_name(linear("gate_proj", x), "mlp_gate")
-  up = checkpoint_name(linear("up_proj", x), "mlp_up")
-  return linear("down_proj", jax.nn.silu(gate) * up)
+  x: Float[Array, "*N D"],
+) -> Float[Array, "*N D"]:
+  """One block; `linear` applies the map of a name of `linear_shapes`.
+
+      swiglu  down(silu(gate(x)) * up(x))  (Shazeer 2020, equation 6)
+      gelu    fc2(gelu(fc1(x))), tanh approximation  (Phi-2's "gelu_new")
+
+  Raises ValueError for a form that is not known.
+  """
+  if form == "swiglu":
+    gate = checkpoint_name(linear("gate_proj", x), "mlp_gate")
+    up = checkpoint_name(linear("up_proj", x), "mlp_up")
+    return linear("down_proj", jax.nn.silu(gate) * up)
+  if form == "gelu":
+    up = checkpoint_name(linear("fc1", x), "mlp_up")
+    return linear("fc2", jax.nn.gelu(up, approximate=True))
+  raise ValueError(f"decoder.mlp={form!r} must be one of {FORMS}.")

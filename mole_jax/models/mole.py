@@ -2,8 +2,8 @@
 
 Chen et al. 2024 (arXiv 2401.16160) and the authors' released `moe.py`: one
 router per MLP chooses, for each token, the expert that serves gate, up and
-down. Everything with an idea in it is a plain function on arrays; the modules
-at the end only name parameters.
+down (of Phi's MLP: fc1 and fc2). Everything with an idea in it is a plain
+function on arrays; the modules at the end only name parameters.
 
 Einsum axes: see lora.py. Rows (axis "N" below) are tokens, flattened.
 """
@@ -15,11 +15,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mole_jax.models import grouped, lora
+from mole_jax.models import ffn, grouped, lora
 from mole_jax.parallel import activations, permutation
 
 GATES = ("none", "prob", "straight_through")
@@ -304,13 +303,14 @@ class Router(nn.Module):
 
 
 class ExpertsLinear(nn.Module):
-  """A frozen linear map and its LoRA experts: W x + sum_e w_e E_e(x).
+  """A frozen linear map and its LoRA experts: W x + b + sum_e w_e E_e(x).
 
   `is_input_cut`: the mesh axis `tensor` cuts x, not y, in width.
   """
 
   features: int
   config: MoleConfig
+  use_bias: bool = False
   init_scale: float = 1.0
   is_input_cut: bool = False
 
@@ -327,11 +327,14 @@ class ExpertsLinear(nn.Module):
     init = lora.base_init(self.init_scale)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     y = lora.matmul(x, kernel)
+    zeros = nn.initializers.zeros_init()
+    if self.use_bias:
+      bias = self.param("bias", zeros, (self.features,))
+      y = y + lora.along_last(bias, y)
     if c.num_experts == 0:
       return y
     shape_a = (c.num_experts, x.shape[-1], c.rank)
     shape_b = (c.num_experts, c.rank, self.features)
-    zeros = nn.initializers.zeros_init()
     lora_a = self.param("lora_a", lora.kaiming_uniform, shape_a)
     lora_b = self.param("lora_b", zeros, shape_b)
     if weights is None:  # One expert: plain LoRA.
@@ -354,18 +357,20 @@ class ExpertsLinear(nn.Module):
 
 
 class MoleMlp(nn.Module):
-  """SwiGLU with one routing for gate, up and down (Chen et al., 3.2).
+  """A feed-forward block with one routing for all its maps (Chen et al., 3.2).
 
       h = silu(W_g x + E_k^g(x)) * (W_u x + E_k^u(x))
       y = W_d h + E_k^d(h)
 
-  `router` is given where it is shared over layers, else the layer has its own.
-  Returns y, and the routing (None without a mixture).
+  is the form "swiglu"; `form` is one of `ffn.FORMS`. `router` is given where it
+  is shared over layers, else the layer has its own. Returns y, and the routing
+  (None without a mixture).
   """
 
   intermediate_size: int
   config: MoleConfig
   init_scale: float = 1.0
+  form: str = "swiglu"
 
   @nn.compact
   def __call__(
@@ -399,23 +404,26 @@ class MoleMlp(nn.Module):
         )
         plan = activations.per_row(make_plan)(chosen)
 
-    def linear(features, name, x, u, init_scale=1.0):
-      is_input_cut = name == "down_proj"
-      module = ExpertsLinear(features, c, init_scale, is_input_cut, name=name)
-      return module(x, weights, plan, dispatch, u)
-
     def dropout(x):
       rate = c.dropout if c.num_experts else 0.0
       return lora.dropout(self, x, rate, is_training)
 
-    def wide(y):
+    shapes = ffn.linear_shapes(self.form, width, self.intermediate_size)
+    u = dropout(x)  # One mask for all maps of x.
+
+    def linear(name, z):
+      shape = shapes[name]
+      module = ExpertsLinear(
+        shape.fan_out,
+        c,
+        shape.has_bias,
+        self.init_scale if shape.is_output else 1.0,
+        is_input_cut=shape.is_output,
+        name=name,
+      )
+      if shape.is_output:
+        return module(z, weights, plan, dispatch, dropout(z))
+      y = module(z, weights, plan, dispatch, u)
       return activations.constrain(y, activations.ROWS, None, "tensor")
 
-    u = dropout(x)
-    gate = linear(self.intermediate_size, "gate_proj", x, u)
-    gate = checkpoint_name(wide(gate), "mlp_gate")
-    up = linear(self.intermediate_size, "up_proj", x, u)
-    up = checkpoint_name(wide(up), "mlp_up")
-    hidden = jax.nn.silu(gate) * up
-    u = dropout(hidden)
-    return linear(width, "down_proj", hidden, u, self.init_scale), routing
+    return ffn.ffn(self.form, linear, x), routing

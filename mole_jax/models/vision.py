@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from mole_jax.models import attention, lora, remat
+from mole_jax.models import attention, lora, norms, remat
 from mole_jax.parallel import activations
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
@@ -163,24 +163,6 @@ def resize_positions(
   return grid.reshape(target * target, -1).astype(positions.dtype)
 
 
-class LayerNorm(nn.Module):
-  """Layer normalisation with statistics in float32."""
-
-  epsilon: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-    width = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones_init(), (width,))
-    bias = self.param("bias", nn.initializers.zeros_init(), (width,))
-    y = x.astype(jnp.float32)
-    mean = y.mean(-1, keepdims=True)
-    variance = jnp.square(y - mean).mean(-1, keepdims=True)
-    y = (y - mean) * jax.lax.rsqrt(variance + self.epsilon)
-    y = y * lora.along_last(scale, y) + lora.along_last(bias, y)
-    return y.astype(x.dtype)
-
-
 class LayerScale(nn.Module):
   """A learned factor for each channel (Touvron et al. 2021, equation 5)."""
 
@@ -216,14 +198,14 @@ class VisionLayer(nn.Module):
 
     # Residual branches start small: std / sqrt(2 L) as in GPT-2.
     init_scale = 0.5 / c.num_layers
-    y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
+    y = norms.LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
     query = linear(width, "q_proj")(y).reshape(heads)
     key = linear(width, "k_proj")(y).reshape(heads)
     value = linear(width, "v_proj")(y).reshape(heads)
     y = attention.attend(query, key, value, None).reshape(x.shape)
     y = linear(width, "out_proj", init_scale)(y)
     x = activations.rows(x + scaled(y, "layer_scale1"))
-    y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
+    y = norms.LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
     y = activate(linear(c.intermediate_size, "fc1")(y), c.hidden_act)
     y = linear(width, "fc2", init_scale)(y)
     return activations.rows(x + scaled(y, "layer_scale2")), None
@@ -261,7 +243,7 @@ class VisionTower(nn.Module):
     positions = jnp.concatenate([positions[:num_class], grid])
     x = x + positions.astype(x.dtype)[None]
     if family.has_pre_norm:
-      x = LayerNorm(c.layer_norm_eps, name="pre_layrnorm")(x)
+      x = norms.LayerNorm(c.layer_norm_eps, name="pre_layrnorm")(x)
     return self._run_layers(x)[:, num_class:]
 
   def _run_layers(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:

@@ -16,57 +16,44 @@ from mole_jax.parallel import mesh as mesh_lib
 # `tensor` cuts what goes into a map or comes out, it cuts that side of the
 # map's LoRA too, so that devices add up rank-wide products, never whole ones.
 CUT = ("tensor", "fsdp")
+# Maps of an MLP from the model's width, and back to it.
+WIDENS, NARROWS = "(gate_proj|up_proj|fc1)", "(down_proj|fc2)"
+MOE = r"decoder/layers/moe_x\d+/experts"
 RULES = (
   (r"decoder/embed_tokens", P("tensor", "fsdp")),
   (r"decoder/lm_head", P("fsdp", "tensor")),
+  (r"decoder/lm_head_bias", P("tensor")),
   (
     r"decoder/layers/self_attn/[qkv]_proj/kernel",
     P(None, "fsdp", "tensor"),
   ),
   (r"decoder/layers/self_attn/o_proj/kernel", P(None, "tensor", "fsdp")),
+  (r"decoder/layers/self_attn/[qkv]_proj/bias", P(None, "tensor")),
+  (r"decoder/layers/self_attn/o_proj/bias", P()),
   (r"decoder/layers/self_attn/[qkv]_proj/lora_a", P(None, "fsdp", None)),
   (r"decoder/layers/self_attn/[qkv]_proj/lora_b", P(None, None, CUT)),
   (r"decoder/layers/self_attn/o_proj/lora_a", P(None, CUT, None)),
   (r"decoder/layers/self_attn/o_proj/lora_b", P(None, None, "fsdp")),
-  (r"decoder/layers/mlp/(gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
-  (r"decoder/layers/mlp/down_proj/kernel", P(None, "tensor", "fsdp")),
-  (
-    r"decoder/layers/mlp/(gate|up)_proj/lora_a",
-    P(None, "expert", "fsdp", None),
-  ),
-  (r"decoder/layers/mlp/(gate|up)_proj/lora_b", P(None, "expert", None, CUT)),
-  (r"decoder/layers/mlp/down_proj/lora_a", P(None, "expert", CUT, None)),
-  (r"decoder/layers/mlp/down_proj/lora_b", P(None, "expert", None, "fsdp")),
-  (r"decoder/(layers/(mlp|moe_x\d+)/)?router/(kernel|bias)", P()),
+  (rf"decoder/layers/mlp/{WIDENS}/kernel", P(None, "fsdp", "tensor")),
+  (rf"decoder/layers/mlp/{NARROWS}/kernel", P(None, "tensor", "fsdp")),
+  (r"decoder/layers/mlp/fc1/bias", P(None, "tensor")),
+  (r"decoder/layers/mlp/fc2/bias", P()),
+  (rf"decoder/layers/mlp/{WIDENS}/lora_a", P(None, "expert", "fsdp", None)),
+  (rf"decoder/layers/mlp/{WIDENS}/lora_b", P(None, "expert", None, CUT)),
+  (rf"decoder/layers/mlp/{NARROWS}/lora_a", P(None, "expert", CUT, None)),
+  (rf"decoder/layers/mlp/{NARROWS}/lora_b", P(None, "expert", None, "fsdp")),
   # Whole FFNs lie on the devices of their experts; tokens travel there, or the
   # experts are gathered: see exchange.py.
-  (
-    r"decoder/layers/moe_x\d+/experts/(gate_proj|up_proj|fc1)/kernel",
-    P(None, "expert", "fsdp", "tensor"),
-  ),
-  (
-    r"decoder/layers/moe_x\d+/experts/(down_proj|fc2)/kernel",
-    P(None, "expert", "tensor", "fsdp"),
-  ),
-  (r"decoder/layers/moe_x\d+/experts/fc1/bias", P(None, "expert", "tensor")),
-  (r"decoder/layers/moe_x\d+/experts/fc2/bias", P(None, "expert")),
-  (
-    r"decoder/layers/moe_x\d+/experts/(gate_proj|up_proj|fc1)/lora_a",
-    P(None, "expert", "fsdp", None),
-  ),
-  (
-    r"decoder/layers/moe_x\d+/experts/(gate_proj|up_proj|fc1)/lora_b",
-    P(None, "expert", None, CUT),
-  ),
-  (
-    r"decoder/layers/moe_x\d+/experts/(down_proj|fc2)/lora_a",
-    P(None, "expert", CUT, None),
-  ),
-  (
-    r"decoder/layers/moe_x\d+/experts/(down_proj|fc2)/lora_b",
-    P(None, "expert", None, "fsdp"),
-  ),
-  (r"decoder/(layers/\w+|norm)/scale", P()),
+  (rf"{MOE}/{WIDENS}/kernel", P(None, "expert", "fsdp", "tensor")),
+  (rf"{MOE}/{NARROWS}/kernel", P(None, "expert", "tensor", "fsdp")),
+  (rf"{MOE}/fc1/bias", P(None, "expert", "tensor")),
+  (rf"{MOE}/fc2/bias", P(None, "expert")),
+  (rf"{MOE}/{WIDENS}/lora_a", P(None, "expert", "fsdp", None)),
+  (rf"{MOE}/{WIDENS}/lora_b", P(None, "expert", None, CUT)),
+  (rf"{MOE}/{NARROWS}/lora_a", P(None, "expert", CUT, None)),
+  (rf"{MOE}/{NARROWS}/lora_b", P(None, "expert", None, "fsdp")),
+  (r"decoder/(layers/(mlp|moe_x\d+)/)?router/(kernel|bias)", P()),
+  (r"decoder/(layers/\w+|norm)/(bias|scale)", P()),
   (r"vision/layers/([qkv]_proj|fc1)/kernel", P(None, "fsdp", "tensor")),
   (r"vision/layers/(out_proj|fc2)/kernel", P(None, "tensor", "fsdp")),
   (r"vision/layers/\w+/(bias|scale)", P()),

@@ -13,17 +13,29 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mole_jax.models import decoder
 from mole_jax.timing import clock, protocol
 from mole_jax.training import flops, state
 
 OURS, PEER = "mole_jax", "peft"
 PROGRAM = "mole_jax.timing.with_torch.peft_llava"
+# The decoder that the peer builds.
+LLAMA = {
+  "norm": "rms",
+  "rotary_fraction": 1.0,
+  "attention_bias": "none",
+  "mlp": "swiglu",
+  "is_parallel": False,
+  "head_bias": False,
+}
 
 
 def peer_spec(config: Mapping[str, Any], stage_name: str) -> dict[str, Any]:
   """What the peer builds; ValueError for what it cannot."""
   stage, model = config["stages"][stage_name], config["model"]
   mole, lora = model["mole"], model["lora"]
+  shape = decoder.DecoderConfig(**model["decoder"])
+  unlike = [k for k, value in LLAMA.items() if getattr(shape, k) != value]
   problem = None
   if not stage["use_adapters"] or not mole["num_experts"]:
     problem = "trains no adapters"
@@ -31,6 +43,8 @@ def peer_spec(config: Mapping[str, Any], stage_name: str) -> dict[str, Any]:
     problem = "has whole FFNs as experts"
   elif model["vision"]["family"] != "clip":
     problem = f"has a {model['vision']['family']} tower"
+  elif unlike:
+    problem = f"has a decoder that is no Llama ({', '.join(unlike)})"
   elif mole["num_experts"] > 1 and mole["top_k"] > 1:
     problem = f"uses {mole['top_k']} experts a token"
   elif mole["num_experts"] == 1 and (lora["rank"], lora["alpha"]) != (

@@ -65,7 +65,8 @@ def _draw(key: Array, name: str, leaf: jax.ShapeDtypeStruct) -> Array:
 
 def _constant(name: str) -> float | None:
   """Value of a parameter that starts as a constant, None of another."""
-  return {"scale": 1.0, "bias": 0.0}.get(name.rsplit("/", 1)[-1])
+  constants = {"scale": 1.0, "bias": 0.0, "lm_head_bias": 0.0}
+  return constants.get(name.rsplit("/", 1)[-1])
 
 
 def scale(name: str, shape: tuple[int, ...]) -> float:

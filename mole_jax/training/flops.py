@@ -14,7 +14,7 @@ counts the experts a token uses (top_k of them, of LoRA or whole FFNs), whatever
 its dispatch computes and its capacity drops.
 
 Shapes count, not contents: padding, unused image slots and the whole triangle
-of packed rows are in. Not in: rematerialisation, embedding, norms,
+of packed rows are in. Not in: rematerialisation, embedding, norms, biases,
 activations, softmax, losses' reductions, the optimizer.
 """
 
@@ -159,8 +159,8 @@ def decoder_products(config: llava.LlavaConfig) -> list[Product]:
   kinds = moe.experts_by_layer(config.moe, d.num_layers)
   for kind in dict.fromkeys(kinds):
     layers, family = kinds.count(kind), pattern.family(kind)
-    shapes = ffn.linear_shapes("swiglu", width, hidden)
-    for name, (fan_in, fan_out, _) in shapes.items():
+    shapes = ffn.linear_shapes(d.mlp, width, hidden)
+    for name, (fan_in, fan_out, *_) in shapes.items():
       if kind:
         path, uses = f"{family}/experts/{name}", config.moe.top_k
         add(path, layers, fan_in, fan_out, rank, uses)

@@ -7,7 +7,9 @@ from typing import Any
 import optax
 
 # Norms, biases and learned vectors; in scanned layers they have two axes.
-VECTOR = re.compile(r"(/(scale|bias)|visual_(start|end)|class_embedding)$")
+VECTOR = re.compile(
+  r"(/(scale|bias)|lm_head_bias|visual_(start|end)|class_embedding)$"
+)
 
 
 def make_schedule(

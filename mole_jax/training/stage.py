@@ -99,7 +99,7 @@ class Stage:
     """By number of experts, what layers with full experts do on the mesh."""
     config, settings = self.model_config, self.settings
     d = config.decoder
-    shapes = ffn.linear_shapes("swiglu", d.hidden_size, d.intermediate_size)
+    shapes = ffn.linear_shapes(d.mlp, d.hidden_size, d.intermediate_size)
     kinds = moe.experts_by_layer(config.moe, d.num_layers)
     return {
       kind: moe.plan_exchange(

@@ -62,7 +62,7 @@ def numpy_decoder(params, x, config):
 
   def norm(x, scale):
     mean = np.mean(x**2, -1, keepdims=True)
-    return x / np.sqrt(mean + config.rms_norm_eps) * scale
+    return x / np.sqrt(mean + config.norm_eps) * scale
 
   def rotate(vector, position):
     turned = np.empty_like(vector)

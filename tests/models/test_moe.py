@@ -30,7 +30,7 @@ def make_mixture(seed=0, top_k=2):
       "lora_a": normal(EXPERTS, fan_in, 2),
       "lora_b": normal(EXPERTS, 2, fan_out),
     }
-    for name, (fan_in, fan_out, _) in ffn.linear_shapes(
+    for name, (fan_in, fan_out, *_) in ffn.linear_shapes(
       "swiglu", WIDTH, HIDDEN
     ).items()
   }
@@ -282,7 +282,7 @@ def test_scanned_kinds_are_layers_one_after_the_other(values):
   )
   output = run(params)
   x, chosen = layer_by_layer(config, params, ids, positions, segments)
-  norm = decoder.RMSNorm(config.decoder.rms_norm_eps)
+  norm = config.decoder.make_norm("norm")
   x = norm.apply({"params": params["decoder"]["norm"]}, x)
   np.testing.assert_allclose(output.hidden, x, rtol=2e-5, atol=2e-5)
   assert len(output.layer_inputs) == config.decoder.num_layers

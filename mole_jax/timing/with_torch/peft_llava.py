@@ -159,7 +159,7 @@ def _make_model(spec: dict[str, Any], device: torch.device) -> nn.Module:
     num_key_value_heads=decoder["num_kv_heads"],
     head_dim=decoder["head_dim"],
     vocab_size=decoder["vocab_size"],
-    rms_norm_eps=decoder["rms_norm_eps"],
+    rms_norm_eps=decoder["norm_eps"],
     max_position_embeddings=decoder["max_position_embeddings"],
     tie_word_embeddings=decoder["tie_word_embeddings"],
     use_cache=False,
