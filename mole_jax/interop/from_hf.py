@@ -174,6 +174,8 @@ def _parameters(
       array = _grow(array, vocab_size, axis=0)
     elif path == "decoder/lm_head":
       array = _grow(array, vocab_size, axis=1)
+    elif path == "decoder/lm_head_bias":
+      array = _grow(array, vocab_size, axis=0)
     yield path, array
     del array
   if plan.new:

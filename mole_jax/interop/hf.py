@@ -19,9 +19,10 @@ from mole_jax.interop.tensors import CheckpointError, Folder
 
 PICKLES = (".pt", ".pth", ".bin")
 KINDS = (
-  "llava, llava_mole, a decoder (llama, mistral), a tower (clip_vision_model, "
-  "siglip_vision_model, dinov2), an original LLaVA, a PEFT adapter, a folder "
-  "of experts, a .gguf file or the released LLaVA-MoLE .pt"
+  "llava, llava_mole, a decoder (llama, mistral, qwen, qwen2, stablelm, phi), "
+  "a tower (clip_vision_model, siglip_vision_model, dinov2), an original "
+  "LLaVA, a PEFT adapter, a folder of experts, a .gguf file or the released "
+  "LLaVA-MoLE .pt"
 )
 
 

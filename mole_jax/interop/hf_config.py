@@ -10,25 +10,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mole_jax.interop.tensors import CheckpointError
-from mole_jax.models import vision
+from mole_jax.models import decoder, vision
 
-LLAMA = {
+_TEXT = {  # What every decoder's file may say.
+  "num_key_value_heads": None,
+  "head_dim": None,
+  "rope_theta": None,
+  "rope_parameters": None,
+  "rope_scaling": None,
+  "partial_rotary_factor": None,
+  "tie_word_embeddings": False,
+  "hidden_act": "silu",
+}
+LLAMA = _TEXT | {
   "hidden_size": 4096,
   "intermediate_size": 11008,
   "num_hidden_layers": 32,
   "num_attention_heads": 32,
-  "num_key_value_heads": None,
-  "head_dim": None,
   "vocab_size": 32000,
   "rms_norm_eps": 1e-6,
-  "rope_theta": None,
-  "rope_parameters": None,
-  "rope_scaling": None,
-  "tie_word_embeddings": False,
-  "hidden_act": "silu",
   "attention_bias": False,
   "mlp_bias": False,
-  "sliding_window": None,
   "max_position_embeddings": 2048,
 }
 MISTRAL = LLAMA | {
@@ -36,6 +38,43 @@ MISTRAL = LLAMA | {
   "num_key_value_heads": 8,
   "sliding_window": 4096,
   "max_position_embeddings": 131072,
+}
+QWEN2 = _TEXT | {
+  "hidden_size": 4096,
+  "intermediate_size": 22016,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 32,
+  "vocab_size": 151936,
+  "rms_norm_eps": 1e-6,
+  "use_sliding_window": False,
+  "max_position_embeddings": 32768,
+}
+STABLELM = _TEXT | {
+  "hidden_size": 2560,
+  "intermediate_size": 6912,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 32,
+  "vocab_size": 50304,
+  "layer_norm_eps": 1e-5,
+  "partial_rotary_factor": 0.25,
+  "use_qkv_bias": False,
+  "qk_layernorm": False,
+  "use_parallel_residual": False,
+  "max_position_embeddings": 4096,
+}
+PHI = _TEXT | {
+  "hidden_size": 2048,
+  "intermediate_size": 8192,
+  "num_hidden_layers": 24,
+  "num_attention_heads": 32,
+  "vocab_size": 51200,
+  "layer_norm_eps": 1e-5,
+  "hidden_act": "gelu_new",
+  "partial_rotary_factor": 0.5,
+  "qk_layernorm": False,
+  "max_position_embeddings": 2048,
 }
 CLIP = {
   "hidden_size": 768,
@@ -83,7 +122,27 @@ TOWERS = {
 TITLES = {"clip": "CLIP", "siglip": "SigLIP", "dinov2": "DINOv2"}
 # Without a class token there is none to drop.
 SELECT_STRATEGIES = {"clip": "default", "siglip": "full", "dinov2": "default"}
-DECODERS = {"llama": LLAMA, "mistral": MISTRAL}
+DECODERS = {
+  "llama": LLAMA,
+  "mistral": MISTRAL,
+  "qwen2": QWEN2,
+  "stablelm": STABLELM,
+  "phi": PHI,
+}
+# What a decoder's file must say, where it says anything; by model_type.
+_SILU = {"hidden_act": ("silu",)}
+_WANTED = {
+  "llama": _SILU | {"mlp_bias": (False,)},
+  "mistral": _SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
+  "qwen2": _SILU | {"use_sliding_window": (False,)},
+  "stablelm": _SILU
+  | {"use_parallel_residual": (False,), "qk_layernorm": (False,)},
+  # Two names of one function.
+  "phi": {
+    "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),
+    "qk_layernorm": (False,),
+  },
+}
 PROCESSOR_FILE = "preprocessor_config.json"
 NORMALISATION = ("image_mean", "image_std")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
@@ -93,27 +152,29 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """config.model.decoder of a Llama-family config.json.
+  """config.model.decoder of a decoder's config.json.
 
-  Raises CheckpointError for a setting that the decoder cannot follow.
+  The head's bias is that of a decoder alone: LLaVA's head has none. Raises
+  CheckpointError for a setting that the decoder cannot follow.
   """
   kind = values.get("model_type", "llama")
   if kind not in DECODERS:
     raise CheckpointError(
       f"{where}: model_type is {kind!r}; wanted one of {sorted(DECODERS)}."
     )
-  c = DECODERS[kind] | {k: v for k, v in values.items() if k in LLAMA}
-  theta, scaling = _rope(c)
-  for key, wanted in (
-    ("hidden_act", "silu"),
-    ("attention_bias", False),
-    ("mlp_bias", False),
-  ):
-    if c[key] != wanted:
-      raise CheckpointError(f"{where}: {key} is {c[key]!r}; wanted {wanted!r}.")
+  defaults = DECODERS[kind]
+  c = defaults | {k: v for k, v in values.items() if k in defaults}
+  theta, scaling, fraction = _rope(c)
+  _check(c, _WANTED[kind], where)
   if scaling != "default":
     raise CheckpointError(
       f"{where}: rotary positions of type {scaling!r}; wanted 'default'."
+    )
+  is_partial = kind in ("stablelm", "phi")
+  if fraction != 1 and not is_partial:
+    raise CheckpointError(
+      f"{where}: partial_rotary_factor is {fraction}, but a {kind} turns all "
+      "dimensions of a head; wanted 1, or none."
     )
   heads = c["num_attention_heads"]
   return {
@@ -124,21 +185,58 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     "num_heads": heads,
     "num_kv_heads": c["num_key_value_heads"] or heads,
     "head_dim": c["head_dim"] or c["hidden_size"] // heads,
-    "rms_norm_eps": c["rms_norm_eps"],
+    "norm": "layer" if "layer_norm_eps" in c else "rms",
+    "norm_eps": c[
+      "layer_norm_eps" if "layer_norm_eps" in c else "rms_norm_eps"
+    ],
     "rope_theta": theta,
-    "sliding_window": c["sliding_window"] or 0,
+    "rotary_fraction": fraction,
+    "attention_bias": _attention_bias(kind, c),
+    "mlp": "gelu" if kind == "phi" else "swiglu",
+    "is_parallel": kind == "phi",
+    "head_bias": kind == "phi",
+    "sliding_window": c.get("sliding_window") or 0,
     "max_position_embeddings": c["max_position_embeddings"],
     "tie_word_embeddings": c["tie_word_embeddings"],
   }
 
 
-def _rope(c: Mapping[str, Any]) -> tuple[float, str]:
-  """Base and kind: `rope_parameters` in Transformers 5, else two keys."""
+def _check(
+  c: Mapping[str, Any], wanted: Mapping[str, Sequence[Any]], where: str
+) -> None:
+  """Raises CheckpointError for the first setting with another value."""
+  for key, allowed in wanted.items():
+    if key in c and c[key] not in allowed:
+      raise CheckpointError(
+        f"{where}: {key} is {c[key]!r}; wanted "
+        f"{' or '.join(map(repr, allowed))}."
+      )
+
+
+def _attention_bias(kind: str, c: Mapping[str, Any]) -> str:
+  """`DecoderConfig.attention_bias` of a model_type."""
+  if kind == "phi" or (kind == "llama" and c["attention_bias"]):
+    return "all"
+  if kind == "qwen2" or (kind == "stablelm" and c["use_qkv_bias"]):
+    return "qkv"
+  return "none"
+
+
+def _rope(c: Mapping[str, Any]) -> tuple[float, str, float]:
+  """Base, kind and share of a head that is turned.
+
+  `rope_parameters` in Transformers 5, else keys of their own.
+  """
   new = c["rope_parameters"] or {}
   old = c["rope_scaling"] or {}
   theta = new.get("rope_theta", c["rope_theta"])
   kind = new.get("rope_type", old.get("rope_type", old.get("type", "default")))
-  return float(10000.0 if theta is None else theta), kind
+  share = new.get("partial_rotary_factor", c["partial_rotary_factor"])
+  return (
+    float(10000.0 if theta is None else theta),
+    kind,
+    float(1.0 if share is None else share),
+  )
 
 
 def vision_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -154,17 +252,13 @@ def vision_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     )
   family, defaults = TOWERS[kind]
   c = defaults | {k: v for k, v in values.items() if k in defaults}
-  for key, wanted in (
-    ("num_channels", (3,)),
-    ("hidden_act", vision.ACTIVATIONS),
-    ("qkv_bias", (True,)),
-    ("use_swiglu_ffn", (False,)),
-  ):
-    if key in c and c[key] not in wanted:
-      raise CheckpointError(
-        f"{where}: {key} is {c[key]!r}; wanted "
-        f"{' or '.join(map(repr, wanted))}."
-      )
+  wanted = {
+    "num_channels": (3,),
+    "hidden_act": vision.ACTIVATIONS,
+    "qkv_bias": (True,),
+    "use_swiglu_ffn": (False,),
+  }
+  _check(c, wanted, where)
   width, is_dinov2 = c["hidden_size"], family == "dinov2"
   if is_dinov2 and c["mlp_ratio"] != int(c["mlp_ratio"]):
     raise CheckpointError(
@@ -210,11 +304,13 @@ def llava_sections(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         f"{where}: {key} is {values[key]!r}; wanted {wanted!r}."
       )
   tower["feature_layer"] = layer
-  decoder = decoder_section(values.get("text_config", {}), where)
+  text = decoder_section(values.get("text_config", {}), where)
+  # Stock LLaVA's head has no bias; a LLaVA-MoLE says whether its has.
+  text["head_bias"] = values.get("head_bias", False)
   image_token = values.get("image_token_index", values.get("image_token_id"))
   return {
     "vision": tower,
-    "decoder": decoder,
+    "decoder": text,
     "image_token_id": 32000 if image_token is None else image_token,
     "use_visual_tokens": False,
   }
@@ -287,10 +383,12 @@ def processor_size(folder: pathlib.Path) -> int | None:
 def llava_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
   """config.json of a stock LLaVA; `model` as `config.model` holds it.
 
-  Both majors read it: the rotary base stands where each of them looks.
+  Both majors read it: the rotary base stands where each of them looks. Raises
+  CheckpointError where Transformers has no such decoder. It says nothing of
+  the head's bias, which stock LLaVA has not.
   """
-  v, d = model["vision"], model["decoder"]
-  theta = d["rope_theta"]
+  v = model["vision"]
+  text = text_config(decoder.DecoderConfig(**model["decoder"]))
   num_patches = (v["image_size"] // v["patch_size"]) ** 2
   return {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -301,33 +399,87 @@ def llava_config(model: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     "image_seq_length": num_patches + 2 * model["use_visual_tokens"],
     "multimodal_projector_bias": True,
     "projector_hidden_act": "gelu",
-    "tie_word_embeddings": d["tie_word_embeddings"],
+    "tie_word_embeddings": text["tie_word_embeddings"],
     "vision_feature_layer": v["feature_layer"],
     "vision_feature_select_strategy": SELECT_STRATEGIES[v["family"]],
-    "text_config": {
-      "model_type": "mistral" if d["sliding_window"] else "llama",
-      "architectures": [
-        "MistralForCausalLM" if d["sliding_window"] else "LlamaForCausalLM"
-      ],
-      "vocab_size": d["vocab_size"],
-      "hidden_size": d["hidden_size"],
-      "intermediate_size": d["intermediate_size"],
-      "num_hidden_layers": d["num_layers"],
-      "num_attention_heads": d["num_heads"],
-      "num_key_value_heads": d["num_kv_heads"],
-      "head_dim": d["head_dim"],
-      "rms_norm_eps": d["rms_norm_eps"],
-      "rope_theta": theta,
-      "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-      "max_position_embeddings": d["max_position_embeddings"],
-      "sliding_window": d["sliding_window"] or None,
-      "tie_word_embeddings": d["tie_word_embeddings"],
-      "hidden_act": "silu",
-      "attention_bias": False,
-      "mlp_bias": False,
-    },
+    "text_config": text,
     "vision_config": tower_config(v),
   }
+
+
+def text_config(d: decoder.DecoderConfig) -> dict[str, Any]:
+  """A decoder's config.json, its head's bias left out.
+
+  Raises CheckpointError where Transformers has no such decoder.
+  """
+  kind = _model_type(d)
+  rope = {"rope_theta": d.rope_theta, "rope_type": "default"}
+  values = {
+    "model_type": kind,
+    "architectures": [_CLASSES[kind]],
+    "vocab_size": d.vocab_size,
+    "hidden_size": d.hidden_size,
+    "intermediate_size": d.intermediate_size,
+    "num_hidden_layers": d.num_layers,
+    "num_attention_heads": d.num_heads,
+    "num_key_value_heads": d.num_kv_heads,
+    "rope_theta": d.rope_theta,
+    "rope_parameters": rope,
+    "max_position_embeddings": d.max_position_embeddings,
+    "tie_word_embeddings": d.tie_word_embeddings,
+    "hidden_act": "gelu_new" if kind == "phi" else "silu",
+  }
+  if kind != "stablelm":  # It derives the width of a head.
+    values["head_dim"] = d.head_dim
+  if d.norm == "rms":
+    values["rms_norm_eps"] = d.norm_eps
+    values["sliding_window"] = d.sliding_window or None
+  else:
+    values["layer_norm_eps"] = d.norm_eps
+    values["qk_layernorm"] = False
+    values["partial_rotary_factor"] = d.rotary_fraction
+    rope["partial_rotary_factor"] = d.rotary_fraction
+  if kind in ("llama", "mistral"):
+    values["attention_bias"] = d.attention_bias == "all"
+    values["mlp_bias"] = False
+  elif kind == "qwen2":
+    values["use_sliding_window"] = False
+  elif kind == "stablelm":
+    values["use_qkv_bias"] = d.attention_bias == "qkv"
+    values["use_parallel_residual"] = False
+  return values
+
+
+_CLASSES = {
+  "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "stablelm": "StableLmForCausalLM",
+  "phi": "PhiForCausalLM",
+}
+
+
+def _model_type(d: decoder.DecoderConfig) -> str:
+  """Whose form a decoder has; CheckpointError where it is none's."""
+  form = (d.norm, d.mlp, d.is_parallel)
+  bias, has_window = d.attention_bias, d.sliding_window > 0
+  if form == ("rms", "swiglu", False) and d.rotary_fraction == 1:
+    if not has_window:
+      return "qwen2" if bias == "qkv" else "llama"
+    if bias == "none":
+      return "mistral"
+  elif form == ("layer", "swiglu", False) and not has_window:
+    if bias != "all" and d.head_dim * d.num_heads == d.hidden_size:
+      return "stablelm"
+  elif form == ("layer", "gelu", True) and not has_window and bias == "all":
+    return "phi"
+  raise CheckpointError(
+    f"Transformers has no decoder with norm={d.norm!r}, mlp={d.mlp!r}, "
+    f"is_parallel={d.is_parallel}, attention_bias={bias!r}, "
+    f"rotary_fraction={d.rotary_fraction}, sliding_window={d.sliding_window} "
+    f"and {d.num_heads} heads of {d.head_dim} in {d.hidden_size}; wanted the "
+    f"form of one of {', '.join(_CLASSES)}."
+  )
 
 
 def tower_config(v: Mapping[str, Any]) -> dict[str, Any]:

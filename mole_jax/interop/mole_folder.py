@@ -15,6 +15,7 @@ import numpy as np
 from mole_jax.interop import hf_config, names, peft
 from mole_jax.interop.sources import Located, Source, Store, located
 from mole_jax.interop.tensors import CheckpointError, Folder
+from mole_jax.models import decoder
 from mole_jax.training import blocks
 
 MODEL_TYPE = "llava_mole"
@@ -63,6 +64,7 @@ def mole_config(
     "architectures": ["LlavaMoleForConditionalGeneration"],
     "model_type": MODEL_TYPE,
     "auto_map": AUTO_MAP,
+    "head_bias": decoder.DecoderConfig(**model["decoder"]).head_bias,
     **settings(model, balance),
   }
 

@@ -2,8 +2,9 @@
 
 The right column has canonical names: those that Transformers 4.x keeps on disk
 for LLaVA with a CLIP tower (and 5.x writes there), DINOv2's under the same
-prefix. `canonical` brings the other layouts to these, `on_disk` and
-`in_memory` lead back.
+prefix, of a decoder Llama's words or, where attention and MLP are parallel,
+Phi's. `canonical` brings the other layouts to these, `on_disk` and `in_memory`
+lead back.
 """
 
 import difflib
@@ -18,6 +19,7 @@ LLM = "language_model.model."
 TOWER = "vision_tower.vision_model."
 PROJECTOR = "multi_modal_projector."
 HEAD = "language_model.lm_head.weight"
+HEAD_BIAS = "language_model.lm_head.bias"
 
 # (layout, its prefix, ours), the longest prefix first.
 PREFIXES = (
@@ -93,18 +95,20 @@ class Name(NamedTuple):
   kind: str
 
 
-def _block(prefix, tensor, linears, norms, *, has_bias: bool) -> list[Name]:
-  """The rows of a module's linear maps and norms, pairs (ours, theirs)."""
+def _block(prefix, tensor, linears, norms) -> list[Name]:
+  """The rows of a module's linear maps and norms, pairs (ours, theirs).
+
+  Biases are among them, also those that a model need not have.
+  """
   rows = []
 
   def add(ours, theirs, weight, kind):
     rows.append(
       Name(f"{prefix}/{ours}/{weight}", f"{tensor}.{theirs}.weight", kind)
     )
-    if has_bias:
-      rows.append(
-        Name(f"{prefix}/{ours}/bias", f"{tensor}.{theirs}.bias", "same")
-      )
+    rows.append(
+      Name(f"{prefix}/{ours}/bias", f"{tensor}.{theirs}.bias", "same")
+    )
 
   for ours, theirs in linears:
     add(ours, theirs, "kernel", "linear")
@@ -113,19 +117,21 @@ def _block(prefix, tensor, linears, norms, *, has_bias: bool) -> list[Name]:
   return rows
 
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 DECODER = (
   Name("decoder/embed_tokens", f"{LLM}embed_tokens.weight", "same"),
   Name("decoder/lm_head", HEAD, "linear"),
-  Name("decoder/norm/scale", f"{LLM}norm.weight", "same"),
+  Name("decoder/lm_head_bias", HEAD_BIAS, "same"),
+  *_block("decoder", LLM.rstrip("."), [], [("norm", "norm")]),
   *_block(
     "decoder/layers",
     f"{LLM}layers.{{}}",
     [
-      *((f"self_attn/{x}_proj", f"self_attn.{x}_proj") for x in "qkvo"),
-      *((f"mlp/{x}_proj", f"mlp.{x}_proj") for x in ("gate", "up", "down")),
+      *((f"self_attn/{x}", f"self_attn.{x}") for x in ATTENTION),
+      *((f"mlp/{x}", f"mlp.{x}") for x in MLP),
     ],
     [(x, x) for x in ("input_layernorm", "post_attention_layernorm")],
-    has_bias=False,
   ),
 )
 
@@ -141,7 +147,6 @@ def _encoder(layers: str, linears, norms) -> list[Name]:
       ("fc2", "mlp.fc2"),
     ],
     zip(("layer_norm1", "layer_norm2"), norms, strict=True),
-    has_bias=True,
   )
 
 
@@ -217,7 +222,6 @@ PROJECTION = tuple(
     PROJECTOR.rstrip("."),
     [("linear_1", "linear_1"), ("linear_2", "linear_2")],
     [],
-    has_bias=True,
   )
 )
 # What a mixture adds; stock LLaVA has no such tensors.
@@ -228,10 +232,7 @@ ADAPTERS = (
       f"{LLM}layers.{{}}.{part}.{linear}.lora_{x}",
       "linear",
     )
-    for part, linears in (
-      ("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
-      ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    )
+    for part, linears in (("self_attn", ATTENTION), ("mlp", MLP))
     for linear in linears
     for x in "ab"
   ),
@@ -252,9 +253,40 @@ ADAPTERS = (
 )
 
 
-def rows(family: str) -> tuple[Name, ...]:
-  """Every parameter that a LLaVA with a tower of a family may have."""
-  return (*DECODER, *VISION[family], *PROJECTION, *ADAPTERS)
+# Llama's words -> Phi's.
+_PHI = (
+  (".self_attn.o_proj.", ".self_attn.dense."),
+  (f"{LLM}norm.", f"{LLM}final_layernorm."),
+)
+
+
+def _as_phi(row: Name) -> Name:
+  tensor = row.tensor
+  for llama, phi in _PHI:
+    tensor = tensor.replace(llama, phi)
+  return row._replace(tensor=tensor)
+
+
+def rows(family: str, is_phi: bool) -> tuple[Name, ...]:
+  """Every parameter that a LLaVA may have.
+
+  Args:
+    family: of the tower.
+    is_phi: whether the decoder is called by Phi's words, else by Llama's.
+  """
+  llama = (*DECODER, *VISION[family], *PROJECTION, *ADAPTERS)
+  return tuple(map(_as_phi, llama)) if is_phi else llama
+
+
+def is_adapter(row: Name) -> bool:
+  """Whether a parameter is one that stock LLaVA does not have."""
+  return row.path in _ADAPTER_PATHS
+
+
+_ADAPTER_PATHS = frozenset(row.path for row in ADAPTERS)
+ADAPTER_TENSORS = frozenset(
+  name(row).tensor for row in ADAPTERS for name in (lambda row: row, _as_phi)
+)
 
 
 def canonical(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
@@ -306,6 +338,7 @@ def in_memory(name: str) -> str:
     (PROJECTOR, "model.multi_modal_projector."),
     (LLM, "model.language_model."),
     (HEAD, "lm_head.weight"),
+    (HEAD_BIAS, "lm_head.bias"),
   ):
     if name.startswith(ours):
       name = theirs + name.removeprefix(ours)

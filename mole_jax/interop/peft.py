@@ -21,6 +21,7 @@ from mole_jax.interop.sources import (
   Store,
 )
 from mole_jax.interop.tensors import CheckpointError
+from mole_jax.models import decoder, ffn
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -76,7 +77,7 @@ def read_adapter(
       empty.
 
   Raises CheckpointError for an adapter that is no plain LoRA on q, k, v, o
-  (one rank and factor) and gate, up, down (one rank and factor).
+  (one rank and factor) and gate, up, down or fc1, fc2 (one rank and factor).
   """
   where = path / CONFIG_FILE
   values = hf_config.read_json(where)
@@ -143,8 +144,7 @@ def canonical(name: str) -> str | None:
     return None if ".lora_" in meant else meant
   meant = meant.removesuffix("weight") + f"lora_{found[2].lower()}"
   pattern = re.sub(r"\.layers\.\d+\.", ".layers.{}.", meant)
-  is_known = any(row.tensor == pattern for row in names.ADAPTERS)
-  return meant if is_known else None
+  return meant if pattern in names.ADAPTER_TENSORS else None
 
 
 def _group(
@@ -203,10 +203,12 @@ def adapter_config(model: Mapping[str, Any]) -> dict[str, Any]:
   """
   lora, mole = model["lora"], model["mole"]
   groups = []
+  shape = decoder.DecoderConfig(**model["decoder"])
   if lora["rank"]:
-    groups.append((lora, ("q_proj", "k_proj", "v_proj", "o_proj")))
+    output = "dense" if shape.is_parallel else "o_proj"
+    groups.append((lora, ("q_proj", "k_proj", "v_proj", output)))
   if mole["num_experts"]:
-    groups.append((mole, ("gate_proj", "up_proj", "down_proj")))
+    groups.append((mole, tuple(ffn.linear_shapes(shape.mlp, 1, 1))))
   modules = "|".join(module for _, group in groups for module in group)
   first = groups[0][0]
   # The second group's modules, where they differ from the first's.

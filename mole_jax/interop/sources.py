@@ -14,7 +14,7 @@ import numpy as np
 
 from mole_jax.interop import names
 from mole_jax.interop.tensors import CheckpointError, TensorInfo
-from mole_jax.models import llava
+from mole_jax.models import decoder, llava
 from mole_jax.training import state
 
 DTYPES = {
@@ -182,7 +182,8 @@ def parameter_shapes(
 def rows_of(model: Mapping[str, Any]) -> list[names.Name]:
   """The parameters that a model section has, with their tensors."""
   shapes = parameter_shapes(model)
-  rows = names.rows(model["vision"]["family"])
+  shape = decoder.DecoderConfig(**model["decoder"])
+  rows = names.rows(model["vision"]["family"], shape.is_parallel)
   return [row for row in rows if row.path in shapes]
 
 
@@ -219,13 +220,14 @@ def plan(source: Source) -> Plan:
   """
   model = source.model
   counts = num_layers(model)
-  rows, new = [], []
-  for row in rows_of(model):
+  wanted, rows, new = rows_of(model), [], []
+  for row in wanted:
     there = _tensors_of(row, counts)
     may_be_new = row.path.startswith("projector/") or "/lora_" in row.path
     module = row.path.rsplit("/", 1)[0]
     is_absent = not any(name in source.tensors for name in there)
-    if may_be_new and is_absent and _is_wholly_absent(source, module, counts):
+    is_new = may_be_new and is_absent
+    if is_new and _is_wholly_absent(source, module, wanted, counts):
       new.append(row.path)
     else:
       rows.append(row)
@@ -247,16 +249,19 @@ def _tensors_of(row: names.Name, counts: Mapping[str, int]) -> list[str]:
 
 
 def _is_wholly_absent(
-  source: Source, module: str, counts: Mapping[str, int]
+  source: Source,
+  module: str,
+  rows: Sequence[names.Name],
+  counts: Mapping[str, int],
 ) -> bool:
   """Whether no tensor of a projector, or of a module's LoRA, is there."""
   if module.startswith("projector/"):
     return not source.holds("projector")
-  rows = [
-    row for row in names.ADAPTERS if row.path.startswith(f"{module}/lora_")
-  ]
   return not any(
-    name in source.tensors for row in rows for name in _tensors_of(row, counts)
+    name in source.tensors
+    for row in rows
+    if row.path.startswith(f"{module}/lora_")
+    for name in _tensors_of(row, counts)
   )
 
 

@@ -83,7 +83,7 @@ def convert(
     )
   if format == "merged":
     write_hf.check_stock(model)
-    rows = [row for row in rows if row not in names.ADAPTERS]
+    rows = [row for row in rows if not names.is_adapter(row)]
   elif format == "mole":
     write_hf.check_mole(model)
   else:
@@ -98,6 +98,12 @@ def convert(
         "the base of this run was trained with it, with visual_start and "
         "visual_end vectors: no stock LLaVA is that base, so adapters alone "
         "are worth nothing. Use --format mole with the base."
+      )
+    if write_hf.has_head_bias(model):
+      raise CheckpointError(
+        "the head of this decoder has a bias, and stock LLaVA's has none, so "
+        "it cannot be the base of adapters alone. Use --format mole with the "
+        "base."
       )
     rows = [row for row in rows if write_hf.is_added(row)]
     left = sorted(opened.params.trained - {row.path for row in rows})

@@ -149,7 +149,7 @@ def _stored(
   """The parameters that a folder should hold, and as what."""
   rows = sources.rows_of(model)
   if format == "merged":
-    rows = [row for row in rows if row not in names.ADAPTERS]
+    rows = [row for row in rows if not names.is_adapter(row)]
     return rows, write_hf.merged_reader(flat, model)
   if needs_base:
     rows = [row for row in rows if write_hf.is_added(row)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from mole_jax.interop import names, sources
 from mole_jax.interop.tensors import CheckpointError
-from mole_jax.models import lora
+from mole_jax.models import decoder, lora
 
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
 
@@ -35,6 +35,11 @@ def check_stock(model: Mapping[str, Any]) -> None:
       "stock LLaVA has no visual_start and visual_end vectors: use --format "
       "mole."
     )
+  if has_head_bias(model):
+    raise CheckpointError(
+      "stock LLaVA's language-model head has no bias, as this decoder's has: "
+      "use --format mole."
+    )
 
 
 def check_mole(model: Mapping[str, Any]) -> None:
@@ -43,11 +48,17 @@ def check_mole(model: Mapping[str, Any]) -> None:
     model["mole"]["num_experts"]
     or model["lora"]["rank"]
     or model["use_visual_tokens"]
+    or has_head_bias(model)
   ):
     raise CheckpointError(
-      "the checkpoint has neither experts nor LoRA nor visual tokens: use "
-      "--format merged."
+      "the checkpoint has neither experts nor LoRA nor visual tokens nor a "
+      "head with a bias: use --format merged."
     )
+
+
+def has_head_bias(model: Mapping[str, Any]) -> bool:
+  """Whether the language-model head has a bias; `model` is config.model."""
+  return decoder.DecoderConfig(**model["decoder"]).head_bias
 
 
 def check_experts(model: Mapping[str, Any]) -> None:
@@ -68,7 +79,7 @@ def is_added(row: names.Name) -> bool:
 
   Adapters, and the projector: they were trained behind it.
   """
-  return row in names.ADAPTERS or row.path.startswith("projector/")
+  return names.is_adapter(row) or row.path.startswith("projector/")
 
 
 class MergedKernel:

@@ -129,7 +129,12 @@ class Shape:
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, as stock LLaVA is stored."""
     counts = {"decoder": self.layers, "vision": 2, "projector": 0}
-    for row in (*names.DECODER, *names.VISION["clip"], *names.PROJECTION):
+    llama = [
+      row
+      for row in names.DECODER
+      if not row.path.endswith("bias") and "/fc" not in row.path
+    ]
+    for row in (*llama, *names.VISION["clip"], *names.PROJECTION):
       shape = self._shape(row)
       for name in names.layer_names(row, counts[row.path.split("/")[0]]):
         yield name, shape

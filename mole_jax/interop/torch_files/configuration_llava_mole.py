@@ -19,6 +19,7 @@ class LlavaMoleConfig(LlavaConfig):
   use_visual_tokens: learned vectors before and after an image's patches.
   balance, balance_weight: "pooled" or "per_layer" loss added to the language
     loss when labels are given.
+  head_bias: whether the language-model head has a bias.
   base_name: what the base is called, where the folder does not hold it; ""
     where it does.
   """
@@ -38,4 +39,5 @@ class LlavaMoleConfig(LlavaConfig):
   use_visual_tokens: bool = True
   balance: str = "pooled"
   balance_weight: float = 1e-2
+  head_bias: bool = False
   base_name: str = ""

@@ -47,11 +47,11 @@ class LlavaMoleProjector(LlavaMultiModalProjector):
 
 
 class LoraLinear(nn.Linear):
-  """W x + (alpha / r) B A dropout(x)."""
+  """W x + b + (alpha / r) B A dropout(x)."""
 
   def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
     super().__init__(base.in_features, base.out_features, bias=False)
-    self.weight = base.weight
+    self.weight, self.bias = base.weight, base.bias
     self.lora_a = nn.Parameter(torch.zeros(rank, base.in_features))
     self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
     self.scale = alpha / rank
@@ -64,11 +64,11 @@ class LoraLinear(nn.Linear):
 
 
 class ExpertsLinear(nn.Linear):
-  """W x + sum_e w_e (alpha / r) B_e A_e dropout(x); w is 0 where not chosen."""
+  """W x + b + sum_e w_e (alpha / r) B_e A_e dropout(x); w is 0 if not chosen."""
 
   def __init__(self, base: nn.Linear, config: LlavaMoleConfig):
     super().__init__(base.in_features, base.out_features, bias=False)
-    self.weight = base.weight
+    self.weight, self.bias = base.weight, base.bias
     count, rank = config.num_experts, config.expert_rank
     self.lora_a = nn.Parameter(torch.zeros(count, rank, base.in_features))
     self.lora_b = nn.Parameter(torch.zeros(count, base.out_features, rank))
@@ -86,17 +86,24 @@ class ExpertsLinear(nn.Linear):
 class MoleMlp(nn.Module):
   """SwiGLU whose gate, up and down are served by the same expert.
 
-  `probs` [B, T, E] and `chosen` [B, T, k] of the latest call stay readable.
+  Or Phi's MLP, fc2(gelu(fc1(x))), with one for both of its maps. `probs` [B, T, E] and `chosen` [B, T, k] of the latest call stay readable.
   """
 
   def __init__(self, base: nn.Module, config: LlavaMoleConfig):
     super().__init__()
     self.config = config
-    for name in ("gate_proj", "up_proj", "down_proj"):
-      setattr(self, name, ExpertsLinear(getattr(base, name), config))
+    self.is_gated = hasattr(base, "gate_proj")
+    linears = {
+      name: module
+      for name, module in base.named_children()
+      if isinstance(module, nn.Linear)
+    }
+    for name, module in linears.items():
+      setattr(self, name, ExpertsLinear(module, config))
     self.shared_router = None
     if config.num_experts > 1 and config.router_scope == "layer":
-      self.router = nn.Linear(base.gate_proj.in_features, config.num_experts)
+      width = config.text_config.hidden_size
+      self.router = nn.Linear(width, config.num_experts)
     self.probs = self.chosen = None
 
   def _weights(self, x):
@@ -119,6 +126,9 @@ class MoleMlp(nn.Module):
 
   def forward(self, x):
     weights = self._weights(x)
+    if not self.is_gated:
+      hidden = functional.gelu(self.fc1(x, weights), approximate="tanh")
+      return self.fc2(hidden, weights)
     gate, up = self.gate_proj(x, weights), self.up_proj(x, weights)
     return self.down_proj(functional.silu(gate) * up, weights)
 
@@ -192,6 +202,9 @@ class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
 
   def __init__(self, config: LlavaMoleConfig):
     super().__init__(config)
+    if config.head_bias:
+      head = self.lm_head
+      self.lm_head = nn.Linear(head.in_features, head.out_features)
     if config.use_visual_tokens:
       self.model.multi_modal_projector = LlavaMoleProjector(config)
     decoder = self.model.language_model
@@ -202,7 +215,9 @@ class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
       shared = [decoder.router]
     for layer in decoder.layers:
       if config.lora_rank:
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        # Phi calls its o_proj "dense".
+        output = "o_proj" if hasattr(layer.self_attn, "o_proj") else "dense"
+        for name in ("q_proj", "k_proj", "v_proj", output):
           base = getattr(layer.self_attn, name)
           lora = LoraLinear(
             base, config.lora_rank, config.lora_alpha, config.lora_dropout
