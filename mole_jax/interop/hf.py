@@ -13,6 +13,7 @@ from mole_jax.interop import (
   names,
   peft,
   pickles,
+  qwen,
 )
 from mole_jax.interop.sources import Source, Store, located
 from mole_jax.interop.tensors import CheckpointError, Folder
@@ -62,6 +63,8 @@ class Opener:
     store = self._folder(path)
     if values.get("model_type") == mole_folder.MODEL_TYPE:
       return mole_folder.read_mole(path, values, store)
+    if values.get("model_type") == qwen.MODEL_TYPE:
+      return qwen.read_qwen(values, store, str(path / "config.json"))
     return read_model(path, values, store)
 
   def _file(self, path: pathlib.Path) -> Source:

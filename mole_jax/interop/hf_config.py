@@ -170,7 +170,7 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise CheckpointError(
       f"{where}: rotary positions of type {scaling!r}; wanted 'default'."
     )
-  is_partial = kind in ("stablelm", "phi")
+  is_partial = "layer_norm_eps" in c  # StableLM and Phi.
   if fraction != 1 and not is_partial:
     raise CheckpointError(
       f"{where}: partial_rotary_factor is {fraction}, but a {kind} turns all "
@@ -185,10 +185,8 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     "num_heads": heads,
     "num_kv_heads": c["num_key_value_heads"] or heads,
     "head_dim": c["head_dim"] or c["hidden_size"] // heads,
-    "norm": "layer" if "layer_norm_eps" in c else "rms",
-    "norm_eps": c[
-      "layer_norm_eps" if "layer_norm_eps" in c else "rms_norm_eps"
-    ],
+    "norm": "layer" if is_partial else "rms",
+    "norm_eps": c["layer_norm_eps" if is_partial else "rms_norm_eps"],
     "rope_theta": theta,
     "rotary_fraction": fraction,
     "attention_bias": _attention_bias(kind, c),

@@ -36,11 +36,16 @@ class Store(Protocol):
 
 
 class Located(NamedTuple):
-  """Where a tensor is: in a store, or as parts (experts) to be stacked."""
+  """Where a tensor is: in a store, or as parts (experts) to be stacked.
+
+  is_flat: axes of size 1 are dropped.  third: it is this third, from 0, of the
+  rows of a tensor (q, k or v of a map that makes all).
+  """
 
   parts: tuple[tuple[Store, str], ...]
   is_stacked: bool = False
-  is_flat: bool = False  # Axes of size 1 are dropped.
+  is_flat: bool = False
+  third: int | None = None
 
   def info(self) -> TensorInfo:
     """Shape and type, from headers; the file is that of the first part."""
@@ -55,12 +60,22 @@ class Located(NamedTuple):
       shape = tuple(size for size in shape if size != 1)
     if self.is_stacked:
       shape = (len(infos), *shape)
+    if self.third is not None:
+      rows, *others = shape
+      if rows % 3:
+        raise CheckpointError(
+          f"{self.parts[0][1]} has {rows} rows; wanted three equal parts: "
+          "queries, keys and values."
+        )
+      shape = (rows // 3, *others)
     return infos[0]._replace(shape=shape)
 
   def read(self) -> np.ndarray:
     arrays = [store.read(name) for store, name in self.parts]
     if self.is_stacked:
       return np.stack(arrays)
+    if self.third is not None:
+      return np.split(arrays[0], 3)[self.third]
     return arrays[0].squeeze() if self.is_flat else arrays[0]
 
 

@@ -64,7 +64,10 @@ class LoraLinear(nn.Linear):
 
 
 class ExpertsLinear(nn.Linear):
-  """W x + b + sum_e w_e (alpha / r) B_e A_e dropout(x); w is 0 if not chosen."""
+  """W x + b + sum_e w_e (alpha / r) B_e A_e dropout(x).
+
+  w is 0 where not chosen.
+  """
 
   def __init__(self, base: nn.Linear, config: LlavaMoleConfig):
     super().__init__(base.in_features, base.out_features, bias=False)
@@ -86,7 +89,8 @@ class ExpertsLinear(nn.Linear):
 class MoleMlp(nn.Module):
   """SwiGLU whose gate, up and down are served by the same expert.
 
-  Or Phi's MLP, fc2(gelu(fc1(x))), with one for both of its maps. `probs` [B, T, E] and `chosen` [B, T, k] of the latest call stay readable.
+  Or Phi's MLP, fc2(gelu(fc1(x))), with one for both of its maps. `probs`
+  [B, T, E] and `chosen` [B, T, k] of the latest call stay readable.
   """
 
   def __init__(self, base: nn.Module, config: LlavaMoleConfig):
