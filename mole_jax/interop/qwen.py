@@ -65,8 +65,8 @@ def read_qwen(values: Mapping[str, Any], store: Store, where: str) -> Source:
       unknown.append(name)
   if unknown:
     raise CheckpointError(
-      f"{where} is of a Qwen of 2023, but beside it are tensors which that does "
-      "not have:\n  " + "\n  ".join(unknown)
+      f"{where} is of a Qwen of 2023, which has no such tensors:\n  "
+      + "\n  ".join(unknown)
     )
   notes = (
     f"beyond {section['max_position_embeddings']:,} tokens Qwen would stretch "

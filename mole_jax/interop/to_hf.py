@@ -149,7 +149,8 @@ def _write_model(job: _Job, out: pathlib.Path) -> None:
   opened, model = job.opened, job.opened.model
   family = model["vision"]["family"]
   is_mole = job.format == "mole"
-  unused = {} if job.without_base else _unused(job, family)
+  of_base = _unused(job, family)
+  unused = {} if job.without_base else of_base
   # Our own modeling file gets names as modules have them: no conversion table
   # of Transformers knows it.
   rename: Callable[[str], str] = (
@@ -173,7 +174,7 @@ def _write_model(job: _Job, out: pathlib.Path) -> None:
   else:
     values = hf_config.llava_config(model, dtype)
   if family == "siglip":
-    has_head = any(".head." in name for name in unused)
+    has_head = any(".head." in name for name in of_base)
     values["vision_config"]["vision_use_head"] = has_head
   if job.without_base:
     values["base_name"] = base_name(opened)

@@ -29,6 +29,37 @@ TEXT = dict(
   rms_norm_eps=1e-5,
   rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
 )
+# Other decoders: configuration, model, and in what they differ from TEXT.
+DECODERS = {
+  "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {}),
+  "qwen2": (
+    transformers.Qwen2Config,
+    transformers.Qwen2ForCausalLM,
+    dict(rms_norm_eps=1e-6),
+  ),
+  "stablelm": (
+    transformers.StableLmConfig,
+    transformers.StableLmForCausalLM,
+    dict(
+      hidden_size=32,
+      head_dim=None,
+      layer_norm_eps=1e-5,
+      use_qkv_bias=True,
+      partial_rotary_factor=0.25,
+    ),
+  ),
+  "phi": (
+    transformers.PhiConfig,
+    transformers.PhiForCausalLM,
+    dict(
+      hidden_size=40,
+      head_dim=10,
+      num_key_value_heads=4,
+      layer_norm_eps=1e-5,
+      partial_rotary_factor=0.4,
+    ),
+  ),
+}
 IMAGE_TOKEN = 49
 DINOV2 = dict(
   hidden_size=16,
@@ -59,6 +90,20 @@ def tower_config(family):
     "siglip": transformers.SiglipVisionConfig,
   }
   return kinds[family](**VISION)
+
+
+def text_config(kind, **changes):
+  """A small decoder's configuration: "llama", or one of DECODERS."""
+  if kind == "llama":
+    return transformers.LlamaConfig(**(TEXT | changes))
+  make, _, own = DECODERS[kind]
+  values = {k: v for k, v in (TEXT | own | changes).items() if v is not None}
+  rope = dict(TEXT["rope_parameters"])
+  share = values.pop("partial_rotary_factor", None)
+  if share is not None:
+    rope["partial_rotary_factor"] = share
+    del values["rms_norm_eps"]
+  return make(**(values | {"rope_parameters": rope}))
 
 
 def make_llava(feature_layer=-2, family="clip", **text):
