@@ -1,6 +1,7 @@
 """Parameters as flat dictionaries by path, trainable and frozen apart."""
 
 import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -88,6 +89,13 @@ def parameter_shapes(
   config: llava.LlavaConfig,
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Names, shapes and types of every parameter; computes nothing."""
+  return dict(_parameter_shapes(config))
+
+
+@functools.lru_cache(maxsize=16)  # Tracing a model takes half a second.
+def _parameter_shapes(
+  config: llava.LlavaConfig,
+) -> dict[str, jax.ShapeDtypeStruct]:
   return jax.eval_shape(lambda key: initialise(config, key), jax.random.key(0))
 
 
