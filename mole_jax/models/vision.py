@@ -71,10 +71,10 @@ class VisionConfig:
       raise ValueError(
         f"vision.position_grid={self.position_grid} must be at least 0."
       )
-    if self.image_size % self.patch_size:
+    if not 0 < self.patch_size <= self.image_size:
       raise ValueError(
-        f"vision.image_size={self.image_size} must be a multiple of "
-        f"vision.patch_size={self.patch_size}."
+        f"vision.patch_size={self.patch_size} must lie between 1 and "
+        f"vision.image_size={self.image_size}."
       )
     if self.hidden_size % self.num_heads:
       raise ValueError(
@@ -120,10 +120,14 @@ def activate(x: Float[Array, "*N"], name: str) -> Float[Array, "*N"]:
 def patchify(
   pixel_values: Float[Array, "B Y X 3"], patch_size: int
 ) -> Float[Array, "B P D"]:
-  """Cuts images into rows of patches; D runs over y, x, channel."""
+  """Cuts images into rows of patches; D runs over y, x, channel.
+
+  Pixels at the right and the bottom that fill no patch are left out, as by a
+  convolution without padding: SigLIP's 384 are 27 patches of 14, and 6 more.
+  """
   batch, height, width, channels = pixel_values.shape
   rows, columns = height // patch_size, width // patch_size
-  x = pixel_values.reshape(
+  x = pixel_values[:, : rows * patch_size, : columns * patch_size].reshape(
     batch, rows, patch_size, columns, patch_size, channels
   )
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)

@@ -94,9 +94,17 @@ def test_patches_are_embedded_as_by_a_convolution(family, tmp_path):
   assert_close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
-def test_every_feature_layer_is_that_of_transformers(family, tmp_path):
-  model = torch_models.make_llava(family=family)
+@pytest.mark.parametrize(
+  ("family", "image_size"),
+  # 14 pixels are three patches of 4, and 2 more.
+  [("clip", 12), ("siglip", 12), ("siglip", 14), ("dinov2", 20)],
+)
+def test_every_feature_layer_is_that_of_transformers(
+  family, image_size, tmp_path
+):
+  model = torch_models.make_llava(
+    family=family, vision={"image_size": image_size}
+  )
   config, flat = convert(model, tmp_path)
   pixels = make_pixels(config)
   with torch.no_grad():

@@ -81,15 +81,15 @@ def randomise(model, seed=0):
   return model.eval()
 
 
-def tower_config(family):
+def tower_config(family, **changes):
   """A small tower of a family."""
   if family == "dinov2":
-    return transformers.Dinov2Config(**DINOV2)
+    return transformers.Dinov2Config(**(DINOV2 | changes))
   kinds = {
     "clip": transformers.CLIPVisionConfig,
     "siglip": transformers.SiglipVisionConfig,
   }
-  return kinds[family](**VISION)
+  return kinds[family](**(VISION | changes))
 
 
 def text_config(kind, **changes):
@@ -106,10 +106,10 @@ def text_config(kind, **changes):
   return make(**(values | {"rope_parameters": rope}))
 
 
-def make_llava(feature_layer=-2, family="clip", **text):
-  """A LLaVA of Transformers in float32."""
+def make_llava(feature_layer=-2, family="clip", vision=None, **text):
+  """A LLaVA of Transformers in float32; `vision` changes its tower."""
   config = transformers.LlavaConfig(
-    vision_config=tower_config(family),
+    vision_config=tower_config(family, **(vision or {})),
     text_config=transformers.LlamaConfig(**(TEXT | text)),
     image_token_index=IMAGE_TOKEN,
     image_seq_length=9,

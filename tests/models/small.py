@@ -28,6 +28,16 @@ VALUES = {
   "image_token_id": 3,
 }
 
+# Changes to the decoder: Phi's form, with all that Llama's has not.
+PHI = dict(
+  norm="layer",
+  rotary_fraction=0.5,
+  attention_bias="all",
+  mlp="gelu",
+  is_parallel=True,
+  head_bias=True,
+)
+
 
 def make(seed=0, **changes):
   """Configuration, model and parameters."""

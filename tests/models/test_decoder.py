@@ -19,6 +19,17 @@ CONFIG = decoder.DecoderConfig(
   head_dim=6,
   rope_theta=100.0,
 )
+# Phi's form, which has all that Llama's has not.
+PHI = dataclasses.replace(
+  CONFIG,
+  head_dim=10,
+  norm="layer",
+  rotary_fraction=0.4,
+  attention_bias="all",
+  mlp="gelu",
+  is_parallel=True,
+  head_bias=True,
+)
 LORA = decoder.LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 MOLE = mole.MoleConfig(num_experts=3, rank=2, alpha=4.0, dropout=0.0)
 TOKENS = 11
@@ -123,10 +134,11 @@ def test_packed_segments_do_not_see_each_other():
     )
 
 
-def test_cached_decoding_equals_the_whole_sequence():
-  module, params, x = make()
+@pytest.mark.parametrize("config", [CONFIG, PHI], ids=["Llama", "Phi"])
+def test_cached_decoding_equals_the_whole_sequence(config):
+  module, params, x = make(config)
   expected = run(module, params, *inputs(x))[0]
-  cache = decoder.empty_cache(CONFIG, 2, TOKENS)
+  cache = decoder.empty_cache(config, 2, TOKENS)
   parts = []
   for start, end in ((0, 6), (6, 7), (7, 11)):
     slots = jnp.arange(TOKENS)
@@ -201,6 +213,43 @@ def test_tied_head_is_the_embedding():
   logits = run(module, params, x, method="unembed")
   expected = x @ params["embed_tokens"].T
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_phi_has_its_own_parameters_and_a_bias_on_its_logits():
+  module, params, x = make(PHI)
+  layers = params["layers"]
+  assert set(layers) == {"input_layernorm", "self_attn", "mlp"}
+  assert set(layers["mlp"]) == {"fc1", "fc2", "router"}
+  assert set(params["norm"]) == {"scale", "bias"}
+  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    assert layers["self_attn"][name]["bias"].shape[0] == PHI.num_layers
+  logits = run(module, params, x, method="unembed")
+  expected = x @ params["lm_head"] + params["lm_head_bias"][None, None]
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_qkv_bias_leaves_the_output_map_without():
+  config = dataclasses.replace(CONFIG, attention_bias="qkv")
+  _, params, _ = make(config)
+  attn = params["layers"]["self_attn"]
+  assert "bias" in attn["k_proj"] and "bias" not in attn["o_proj"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(norm="group"), r"decoder.norm='group' must be one of \('rms'"),
+    (dict(attention_bias="o"), "decoder.attention_bias='o' must be one of"),
+    (dict(mlp="relu"), "decoder.mlp='relu' must be one of"),
+    (dict(rotary_fraction=0.0), r"rotary_fraction=0.0 must lie in \(0, 1\]"),
+    (dict(rotary_fraction=0.5), "of decoder.head_dim=6 is 3 dimensions"),
+    (dict(head_dim=5), "decoder.head_dim=5 must be even"),
+    (dict(num_kv_heads=3), "decoder.num_heads=4 must be a multiple of"),
+  ],
+)
+def test_a_wrong_setting_is_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **changes)
 
 
 def test_dropout_only_acts_in_training():

@@ -1,13 +1,14 @@
 """The mixture of LoRA experts against NumPy loops over tokens."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mole_jax.models import lora, mole
+from mole_jax.models import ffn, lora, mole
 from mole_jax.parallel import permutation
 
 ROWS, WIDTH, FEATURES, RANK = 37, 12, 10, 3
@@ -115,15 +116,16 @@ def test_gather_drops_no_row_whatever_the_block(block_rows):
   assert_close(y, expected)
 
 
-def init_mlp(config, x, seed=2):
-  """A MoleMlp with non-zero B, so that experts have something to say."""
-  mlp = mole.MoleMlp(24, config)
+def init_mlp(config, x, seed=2, form="swiglu"):
+  """A MoleMlp with non-zero B and biases, so that all have a say."""
+  mlp = mole.MoleMlp(24, config, form=form)
   params = mlp.init(jax.random.key(seed), x, None)["params"]
-  keys = iter(jax.random.split(jax.random.key(seed + 1), 3))
-  for name in ("gate_proj", "up_proj", "down_proj"):
-    if "lora_b" in params[name]:
-      shape = params[name]["lora_b"].shape
-      params[name]["lora_b"] = jax.random.normal(next(keys), shape)
+  keys = iter(jax.random.split(jax.random.key(seed + 1), 4))
+  for name in ffn.linear_shapes(form, WIDTH, 24):
+    for zeros in ("lora_b", "bias"):
+      if zeros in params[name]:
+        shape = params[name][zeros].shape
+        params[name][zeros] = jax.random.normal(next(keys), shape)
   return mlp, params
 
 
@@ -184,13 +186,18 @@ def numpy_mlp(params, x, config):
     experts = np.argsort(-probs)[: config.top_k]
 
     def linear(name, z, probs=probs, experts=experts):
-      y = z @ p[name]["kernel"]
+      y = z @ p[name]["kernel"] + p[name].get("bias", 0.0)
       for e in experts:
         factor = probs[e] if config.gate == "prob" else 1.0
         delta = z @ p[name]["lora_a"][e] @ p[name]["lora_b"][e]
         y = y + factor * scale * delta
       return y
 
+    if "fc1" in p:
+      up = linear("fc1", token)
+      inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
+      out.append(linear("fc2", 0.5 * up * (1 + np.tanh(inner))))
+      continue
     gate = linear("gate_proj", token)
     hidden = gate / (1 + np.exp(-gate)) * linear("up_proj", token)
     out.append(linear("down_proj", hidden))
@@ -217,6 +224,28 @@ def test_layer_follows_the_paper(dispatch, changes):
   expected = numpy_mlp(params, x, config)
   assert_close(y.reshape(-1, WIDTH), expected)
   assert routing.chosen.shape == (2, 9, config.top_k)
+
+
+@pytest.mark.parametrize("dispatch", ["loop", "masked", "gather"])
+def test_both_maps_of_a_gelu_mlp_are_served_by_one_routing(dispatch):
+  x = make_tokens()
+  make = lambda dispatch: init_mlp(
+    make_config(dispatch=dispatch, block_rows=4, top_k=2, gate="prob"),
+    x,
+    form="gelu",
+  )
+  mlp, params = make(dispatch)
+  assert set(params) == {"fc1", "fc2", "router"}
+  y, _ = mlp.apply({"params": params}, x, None)
+  assert_close(y.reshape(-1, WIDTH), numpy_mlp(params, x, mlp.config))
+  if dispatch == "loop":
+    return
+  loss = lambda mlp: (
+    lambda p: jnp.square(mlp.apply({"params": p}, x, None)[0]).sum()
+  )
+  found = jax.grad(loss(mlp))(params)
+  expected = jax.grad(loss(make("loop")[0]))(params)
+  jax.tree.map(assert_close, found, expected)
 
 
 def router_gradient(gate):

@@ -102,6 +102,38 @@ def test_patches_run_over_rows_then_columns():
   np.testing.assert_array_equal(patches[0, 0, ::3], [0, 1, 4, 5])
 
 
+def test_pixels_that_fill_no_patch_are_left_out():
+  image = jnp.arange(25.0).reshape(1, 5, 5, 1) * jnp.ones((1, 1, 1, 3))
+  patches = vision.patchify(image, 2)
+  np.testing.assert_array_equal(patches, vision.patchify(image[:, :4, :4], 2))
+
+
+def test_siglip_so400m_makes_a_feature_of_each_of_729_patches():
+  config = vision.VisionConfig(
+    family="siglip",
+    image_size=384,
+    patch_size=14,
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_layers=27,
+    num_heads=16,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+    feature_layer=-2,
+  )
+  assert config.num_used_layers == 26
+  tower = vision.VisionTower(config)
+  image = jax.ShapeDtypeStruct((1, 384, 384, 3), "float32")
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  features, shapes = jax.eval_shape(tower.init_with_output, key, image)
+  assert features.shape == (1, 27 * 27, 1152)
+  sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
+  # Patches, positions; q, k, v, out, two norms, and the MLP of each layer.
+  assert sum(sizes) == (14 * 14 * 3 + 1 + 729) * 1152 + 27 * (
+    4 * (1152 + 1) * 1152 + 2 * 2 * 1152 + 2 * 1152 * 4304 + 4304 + 1152
+  )
+
+
 def test_exact_gelu_is_the_erf_one():
   from math import erf, sqrt
 
@@ -114,7 +146,7 @@ def test_exact_gelu_is_the_erf_one():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (dict(image_size=13), "vision.image_size=13 must be a multiple"),
+    (dict(image_size=3), "vision.patch_size=4 must lie .*image_size=3"),
     (dict(num_heads=3), "vision.hidden_size=16 must be a multiple"),
     (dict(hidden_act="relu"), "vision.hidden_act='relu' must be one of"),
     (dict(feature_layer=-5), "vision.feature_layer=-5 must lie between"),

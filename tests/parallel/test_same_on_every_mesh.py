@@ -65,13 +65,16 @@ def test_losses_of_twenty_steps_are_those_of_one_device(
       )
 
 
-def compute(mesh, dispatch):
-  """Loss, gradients and choices of a random model on a mesh."""
+def compute(mesh, dispatch, form):
+  """Loss, gradients and choices of a random model on a mesh.
+
+  `form` changes the decoder.
+  """
   stage = small_run.make_stage(
     make_config(mesh, dispatch), "mole", int(np.prod(mesh))
   )
   config, model, params = small.make(
-    decoder=small.VALUES["decoder"] | {"num_kv_heads": 2},
+    decoder=small.VALUES["decoder"] | {"num_kv_heads": 2} | form,
     mole=dict(num_experts=4, top_k=2, rank=2, gate="prob", dropout=0.0)
     | {"dispatch": dispatch, "block_rows": 8},
   )
@@ -89,7 +92,10 @@ def compute(mesh, dispatch):
     output = model.apply({"params": state.unflatten(flat)}, *batch, 2)
     segments = batch[-1]
     balance = losses.balance_loss(output.routing, segments, 2, "pooled")
-    return (output.hidden**2).mean() + balance, output.routing.chosen
+    params = {"params": state.unflatten(flat)}
+    logits = model.apply(params, output.hidden, method="unembed")
+    value = (output.hidden**2).mean() + (logits**2).mean() + balance
+    return value, output.routing.chosen
 
   flat = state.flatten(params)
   shapes = state.parameter_shapes(config)
@@ -104,11 +110,15 @@ def compute(mesh, dispatch):
   return jax.device_get((value, chosen, grads))
 
 
-@pytest.mark.parametrize("dispatch", ["masked", "gather"])
-def test_gradients_and_choices_are_those_of_one_device(dispatch):
-  expected = compute((1, 1, 1, 1), dispatch)
+@pytest.mark.parametrize(
+  ("dispatch", "form"),
+  [("masked", {}), ("gather", {}), ("gather", small.PHI)],
+  ids=["masked", "gather", "gather, Phi"],
+)
+def test_gradients_and_choices_are_those_of_one_device(dispatch, form):
+  expected = compute((1, 1, 1, 1), dispatch, form)
   for mesh in ((2, 4, 1, 1), (1, 2, 2, 2)):
-    value, chosen, grads = compute(mesh, dispatch)
+    value, chosen, grads = compute(mesh, dispatch, form)
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     np.testing.assert_array_equal(chosen, expected[1])
     norm = lambda flat: np.sqrt(sum((x**2).sum() for x in flat.values()))

@@ -5,17 +5,29 @@ import pytest
 
 from mole_jax.parallel import mesh, sharding
 from mole_jax.training import state
+from tests.models import small
 from tests.training import small_run
 
 
 @pytest.mark.parametrize("name", ["mole3", "lora", "dense"])
 @pytest.mark.parametrize("scope", ["layer", "shared"])
-def test_every_parameter_is_covered(name, scope):
+@pytest.mark.parametrize("form", [{}, small.PHI], ids=["Llama", "Phi"])
+def test_every_parameter_is_covered(name, scope, form):
   config = small_run.make_config(name)
   config["model"]["mole"]["router_scope"] = scope
+  config["model"]["decoder"] |= form
   shapes = state.parameter_shapes(state.model_config(config, "mole"))
   for path, leaf in shapes.items():
-    assert len(sharding.partition_spec(path)) <= len(leaf.shape), path
+    spec = sharding.partition_spec(path)
+    assert len(spec) <= len(leaf.shape), path
+    if path.endswith("bias") and "decoder" in path and "tensor" in spec:
+      # What a map gives is cut, so its bias is, too.
+      kernel = (
+        path.removesuffix("_bias")
+        if "head" in path
+        else (path.removesuffix("bias") + "kernel")
+      )
+      assert sharding.partition_spec(kernel)[-1] == "tensor"
 
 
 def test_an_unknown_parameter_is_an_error():

@@ -104,8 +104,10 @@ def test_text_alone_costs_nothing_for_images(config):
   assert parts["vision"] == parts["projector"] == 0
 
 
-def test_every_matrix_of_the_model_is_counted_once():
-  config = llava.make_config(small.VALUES)
+@pytest.mark.parametrize("form", [{}, small.PHI], ids=["Llama", "Phi"])
+def test_every_matrix_of_the_model_is_counted_once(form):
+  decoder = small.VALUES["decoder"] | form
+  config = llava.make_config(small.VALUES | {"decoder": decoder})
   products = {
     product.name: product.macs
     for product in flops.decoder_products(config)

@@ -29,6 +29,7 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 def test_first_steps_are_adamw_clipped_with_factors():
   names = ["projector/linear_1/kernel", "decoder/lm_head", "decoder/norm/scale"]
+  names += ["decoder/lm_head_bias", "decoder/norm/bias"]
   optimizer, schedule = optim.make_optimizer(SETTINGS, names, 10)
   params = {name: jnp.asarray([[1.0, -2.0]]) for name in names}
   state = optimizer.init(params)
@@ -48,7 +49,7 @@ def test_first_steps_are_adamw_clipped_with_factors():
       v = 0.99 * moments[name][1] + 0.01 * g**2
       moments[name] = (m, v)
       adam = m / (1 - 0.9**number) / (np.sqrt(v / (1 - 0.99**number)) + 1e-8)
-      decay = 0.0 if name.endswith("scale") else 0.5
+      decay = 0.0 if name.endswith(("scale", "bias")) else 0.5
       factor = 0.1 if name.startswith("projector") else 1.0
       rate = float(schedule(number - 1)) * factor
       expected = -rate * (adam + decay * np.array([[1.0, -2.0]]))
