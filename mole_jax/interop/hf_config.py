@@ -127,8 +127,11 @@ DECODERS = {
   "mistral": MISTRAL,
   "qwen2": QWEN2,
   "stablelm": STABLELM,
+  "stablelm_epoch": STABLELM,
   "phi": PHI,
 }
+# Keys of StabilityAI's own code (stablelm_epoch), Transformers' words for them.
+_EPOCH = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"}
 # What a decoder's file must say, where it says anything; by model_type.
 _SILU = {"hidden_act": ("silu",)}
 _WANTED = {
@@ -162,6 +165,9 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise CheckpointError(
       f"{where}: model_type is {kind!r}; wanted one of {sorted(DECODERS)}."
     )
+  if kind == "stablelm_epoch":
+    values = {_EPOCH.get(key, key): value for key, value in values.items()}
+    kind = "stablelm"
   defaults = DECODERS[kind]
   c = defaults | {k: v for k, v in values.items() if k in defaults}
   theta, scaling, fraction = _rope(c)
@@ -193,7 +199,7 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     "mlp": "gelu" if kind == "phi" else "swiglu",
     "is_parallel": kind == "phi",
     "head_bias": kind == "phi",
-    "sliding_window": c.get("sliding_window") or 0,
+    "sliding_window": (kind == "mistral" and c["sliding_window"]) or 0,
     "max_position_embeddings": c["max_position_embeddings"],
     "tie_word_embeddings": c["tie_word_embeddings"],
   }

@@ -60,6 +60,13 @@ PHI = """\
 {{- ' <|end|>\\n' }}
 {% endfor %}
 {% if add_generation_prompt %}{{ '<|turn|>\\nassistant:\\n' }}{% endif %}"""
+OPENCHAT = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- 'GPT4 Correct ' + message['role'].title() + ': ' + message['content'] }}
+{{- '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'GPT4 Correct Assistant:' }}{% endif %}"""
 LLAVA = """\
 {%- for message in messages %}
 {%- if message['role'] != 'system' %}
@@ -83,6 +90,7 @@ TEMPLATES = {
   "llama3": (LLAMA3, "<|eot|>", False),
   "mistral": (MISTRAL, "</s>", False),
   "phi": (PHI, "<|end|>", False),
+  "openchat": (OPENCHAT, "<|eot|>", False),
   "llava": (LLAVA, "</s>", True),
 }
 KINDS = ("byte-level", "once", "always", "prepend")

@@ -358,6 +358,16 @@ def test_a_configuration_comes_back_from_the_file_written(kind):
   assert hf_config.decoder_section(config | rope, "here") == section
 
 
+def test_the_first_files_of_stablelm_say_the_same_in_other_words():
+  values = dict(hidden_size=64, num_attention_heads=4, use_qkv_bias=True)
+  own = {"norm_eps": 1e-6, "rope_pct": 0.5, "model_type": "stablelm_epoch"}
+  words = {"layer_norm_eps": 1e-6, "partial_rotary_factor": 0.5}
+  words["model_type"] = "stablelm"
+  section = hf_config.decoder_section(values | own, "here")
+  assert section == hf_config.decoder_section(values | words, "here")
+  assert section["norm_eps"] == 1e-6 and section["rotary_fraction"] == 0.5
+
+
 def test_a_llama_with_biases_in_attention_is_one_too():
   section = hf_config.decoder_section({"attention_bias": True}, "here")
   assert section["attention_bias"] == "all"

@@ -228,6 +228,31 @@ def test_phi_has_its_own_parameters_and_a_bias_on_its_logits():
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_phi_2_has_as_many_parameters_as_its_file():
+  config = decoder.DecoderConfig(
+    vocab_size=51200,
+    hidden_size=2560,
+    intermediate_size=10240,
+    head_dim=80,
+    norm="layer",
+    rotary_fraction=0.4,
+    attention_bias="all",
+    mlp="gelu",
+    is_parallel=True,
+    head_bias=True,
+    max_position_embeddings=2048,
+  )
+  assert config.rotary_dim == 32
+  module = decoder.Decoder(
+    config, decoder.LoraConfig(rank=0), mole.MoleConfig(num_experts=0)
+  )
+  x = jnp.zeros((1, 2, config.hidden_size))
+  init = lambda: module.init(jax.random.key(0), *inputs(x))["params"]
+  leaves = jax.tree.leaves(jax.eval_shape(init))
+  # microsoft/phi-2 in safetensors, as its page counts them.
+  assert sum(leaf.size for leaf in leaves) == 2_779_683_840
+
+
 def test_qkv_bias_leaves_the_output_map_without():
   config = dataclasses.replace(CONFIG, attention_bias="qkv")
   _, params, _ = make(config)

@@ -66,6 +66,10 @@ def test_what_the_peer_cannot_build_is_refused():
   config["model"]["vision"]["family"] = "siglip"
   with pytest.raises(ValueError, match="siglip tower"):
     compare.peer_spec(config, "mole")
+  config = small_run.make_config("mole3")
+  config["model"]["decoder"]["attention_bias"] = "qkv"
+  with pytest.raises(ValueError, match=r"no Llama \(attention_bias\)"):
+    compare.peer_spec(config, "mole")
 
 
 @pytest.mark.parametrize("name", ["lora", "mole3"])
