@@ -310,9 +310,9 @@ class ExpertsLinear(nn.Module):
 
   features: int
   config: MoleConfig
-  use_bias: bool = False
   init_scale: float = 1.0
   is_input_cut: bool = False
+  use_bias: bool = False
 
   @nn.compact
   def __call__(
@@ -416,9 +416,9 @@ class MoleMlp(nn.Module):
       module = ExpertsLinear(
         shape.fan_out,
         c,
-        shape.has_bias,
         self.init_scale if shape.is_output else 1.0,
         is_input_cut=shape.is_output,
+        use_bias=shape.has_bias,
         name=name,
       )
       if shape.is_output:

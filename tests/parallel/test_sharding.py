@@ -18,16 +18,19 @@ def test_every_parameter_is_covered(name, scope, form):
   config["model"]["decoder"] |= form
   shapes = state.parameter_shapes(state.model_config(config, "mole"))
   for path, leaf in shapes.items():
-    spec = sharding.partition_spec(path)
-    assert len(spec) <= len(leaf.shape), path
-    if path.endswith("bias") and "decoder" in path and "tensor" in spec:
-      # What a map gives is cut, so its bias is, too.
-      kernel = (
-        path.removesuffix("_bias")
-        if "head" in path
-        else (path.removesuffix("bias") + "kernel")
-      )
-      assert sharding.partition_spec(kernel)[-1] == "tensor"
+    assert len(sharding.partition_spec(path)) <= len(leaf.shape), path
+
+
+def test_a_bias_is_cut_where_what_its_map_gives_is():
+  spec = lambda path: sharding.partition_spec(f"decoder/layers/{path}")
+  for name in ("self_attn/k_proj", "mlp/fc1"):
+    assert spec(f"{name}/bias")[-1] == spec(f"{name}/kernel")[-1] == "tensor"
+  for name in ("self_attn/o_proj", "mlp/fc2"):
+    assert "tensor" not in spec(f"{name}/bias")
+  head, bias = map(
+    sharding.partition_spec, ("decoder/lm_head", "decoder/lm_head_bias")
+  )
+  assert head[-1] == bias[-1] == "tensor"
 
 
 def test_an_unknown_parameter_is_an_error():
