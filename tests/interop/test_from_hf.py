@@ -145,8 +145,8 @@ def test_tensors_that_contradict_the_configuration_are_all_listed(
     ({"model_type": "blip"}, "model_type is 'blip'; wanted llava"),
     ({"vision_feature_layer": [-2, -5]}, "wanted a single layer"),
     ({"vision_feature_select_strategy": "full"}, "'full'; wanted 'default'"),
-    ({"text_config": {"model_type": "qwen2"}}, "model_type is 'qwen2'"),
-    ({"text_config": {"attention_bias": True}}, "attention_bias is True"),
+    ({"text_config": {"model_type": "qwen3"}}, "model_type is 'qwen3'"),
+    ({"text_config": {"mlp_bias": True}}, "mlp_bias is True"),
     (
       {"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
       "rotary positions of type 'linear'",
