@@ -121,7 +121,12 @@ def advice(
     found.append(
       f"config.stages.STAGE.batch_size: fewer rows a device, it has {rows}"
     )
-  if remat != "full":
+  if remat in ("none", "dots", "named"):
+    found.append(
+      "config.model.remat: 'attention' makes the MLP's inner activations "
+      f"anew; it is {remat!r}"
+    )
+  elif remat != "full":
     found.append(
       "config.model.remat: 'full' keeps only what enters a layer; it is "
       f"{remat!r}"

@@ -65,10 +65,15 @@ class Report:
   @property
   def mfu(self) -> float:
     """Model FLOPs utilisation of the estimated step; 0 where there is none."""
-    seconds = self.estimate.step_seconds if self.estimate else 0.0
-    if not seconds:
-      return 0.0
-    return self.formula_flops / seconds / self.peak_flops
+    return self._mfu(self.estimate.step_seconds if self.estimate else 0.0)
+
+  @property
+  def most_mfu(self) -> float:
+    """The same by the roofline alone; more than it no step can reach."""
+    return self._mfu(self.estimate.least_seconds if self.estimate else 0.0)
+
+  def _mfu(self, seconds: float) -> float:
+    return self.formula_flops / seconds / self.peak_flops if seconds else 0.0
 
   @property
   def tokens_per_second(self) -> float:
@@ -98,6 +103,7 @@ class Report:
     return found | {
       "fits": self.fits,
       "mfu": self.mfu,
+      "most_mfu": self.most_mfu,
       "tokens_per_second": self.tokens_per_second,
     }
 

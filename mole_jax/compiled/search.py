@@ -10,7 +10,7 @@ from mole_jax.models import llava
 
 # What is kept for the backward pass, most first: the first that fits
 # recomputes least.
-POLICIES = ("none", "named", "full")
+POLICIES = ("none", "named", "attention", "full")
 
 
 def meshes(
@@ -19,19 +19,22 @@ def meshes(
   """Meshes that fill `num_devices` and deal the batch evenly.
 
   Those that talk least come first: copies of the model before shards of it,
-  shards before cut widths.
+  shards before shards of experts, those before cut widths.
   """
+  experts = model.mole.num_experts
+  shares = [n for n in range(1, min(experts, 4) + 1) if experts % n == 0]
   sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
   heads = math.gcd(model.decoder.num_heads, model.decoder.num_kv_heads)
   found = []
-  for tensor, fsdp in itertools.product(sizes, sizes):
-    data, rest = divmod(num_devices, tensor * fsdp)
-    if rest or heads % tensor or tensor > 8 or batch_size % (data * fsdp):
+  for tensor, expert, fsdp in itertools.product(sizes, shares or [1], sizes):
+    data, rest = divmod(num_devices, tensor * expert * fsdp)
+    if rest or heads % tensor or tensor > 8:
       continue
-    if model.decoder.hidden_size % fsdp:
+    if batch_size % (data * fsdp * expert) or model.decoder.hidden_size % fsdp:
       continue
-    found.append(dict(data=data, fsdp=fsdp, expert=1, tensor=tensor))
-  return iter(sorted(found, key=lambda m: (m["tensor"], m["fsdp"])))
+    found.append(dict(data=data, fsdp=fsdp, expert=expert, tensor=tensor))
+  order = lambda m: (m["tensor"], m["expert"], m["fsdp"])
+  return iter(sorted(found, key=order))
 
 
 def search(
@@ -63,13 +66,18 @@ def search(
 
 
 def _in_turn(config, stage, target, mesh, on_report) -> Iterator[report.Report]:
-  """ "named" first: if it fits "none" may, and if not only "full" can."""
-  found = _make(config, stage, target, mesh, "named")
+  """ "named" first: if it fits "none" may, if not only what keeps less can."""
+  middle = POLICIES.index("named")
+  found = _make(config, stage, target, mesh, POLICIES[middle])
   on_report(found)
   yield found
-  found = _make(config, stage, target, mesh, "none" if found.fits else "full")
-  on_report(found)
-  yield found
+  others = POLICIES[:middle] if found.fits else POLICIES[middle + 1 :]
+  for policy in others:
+    found = _make(config, stage, target, mesh, policy)
+    on_report(found)
+    yield found
+    if found.fits:
+      break
 
 
 def _make(config, stage, target, mesh, policy) -> report.Report:

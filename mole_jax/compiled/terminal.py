@@ -34,7 +34,7 @@ def show(found: report.Report, console: rich_console.Console) -> None:
       f"{guess.compute_seconds:.3f}, collectives {guess.hidden_seconds:.3f} "
       f"beside it and {guess.exposed_seconds:.3f} alone): "
       f"{found.tokens_per_second:,.0f} tokens/s, [bold]MFU "
-      f"{found.mfu:.1%}[/]"
+      f"{found.mfu:.1%}[/], by the roofline alone at most {found.most_mfu:.1%}"
     )
   for finding in found.findings[:MOST]:
     console.print(f"[red]{finding.rule}[/]", end=" ")

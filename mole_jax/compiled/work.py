@@ -38,6 +38,7 @@ _IDLE = (
   "X64",
   "__gpu$TopK",
 )
+_PREFETCH = ("copy-start", "slice-start", "dynamic-slice-start")
 UNKNOWN_CYCLES = 2**62  # XLA:TPU prints 2**63 - 1 where it has no estimate.
 _COLLECTIVE = re.compile(r"(all-|reduce-scatter|collective-|ragged-all-)")
 
@@ -48,6 +49,7 @@ class Operation:
 
   flops: of matrix products and convolutions alone, two for a multiply-add.
   hbm_bytes: read and written. Results in on-chip memory are not in.
+  is_async: goes on beside what follows, as copies to on-chip memory do.
   cycles: the compiler's own estimate, where it prints one (XLA:TPU); else 0.
   """
 
@@ -57,6 +59,7 @@ class Operation:
   flops: float
   hbm_bytes: float
   cycles: int
+  is_async: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,7 @@ def count(program: hlo.Program) -> Work:
         flops * context.runs,
         traffic * context.runs,
         _cycles(line) * context.runs,
+        line.opcode in _PREFETCH,
       )
     )
   return Work(tuple(operations), unknown)
@@ -263,7 +267,11 @@ def _traffic(program, line, scope) -> float:
   if line.target.startswith(_IDLE):
     return 0.0
   written = _hbm(line.arrays)
-  if line.opcode in ("dynamic-slice", "slice", "gather", "copy-start"):
+  if line.opcode in _PREFETCH:
+    ends = line.arrays[:2]
+    moved = min(array.num_bytes for array in ends)
+    return float(moved * sum(array.space == 0 for array in ends))
+  if line.opcode in ("dynamic-slice", "slice", "gather"):
     return 2.0 * _hbm(line.arrays[:1])
   if line.opcode == "dynamic-update-slice":
     return 2.0 * _hbm(scope[line.operands[1]].arrays)

@@ -5,6 +5,7 @@ Einsum axes: see lora.py.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash_kernel,
 )
@@ -42,10 +43,28 @@ def rotate(
   StableLM and Phi, pass as they are.
   """
   width = 2 * cos.shape[-1]
-  first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
-  turned = [first * cos - second * sin, second * cos + first * sin]
-  turned = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  turned = _turn(x[..., :width], cos, sin)
   return jnp.concatenate([turned, x[..., width:]], axis=-1)
+
+
+def _turn(x: Array, cos: Array, sin: Array) -> Array:
+  if activations.platform() != "tpu":
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  # Halves of a head fill half of the 128 lanes; the matrix unit swaps them
+  # exactly, and for nothing.
+  swap = jnp.roll(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, axis=0)
+  swapped = jnp.einsum(
+    "BTNH,HI->BTNI",
+    x,
+    swap,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+  cos = jnp.concatenate([cos, cos], axis=-1)
+  sin = jnp.concatenate([-sin, sin], axis=-1)
+  return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
 
 
 def causal_segment_mask(
@@ -77,14 +96,20 @@ def attend(
   kernel = choose_kernel(query, key, mask is not None, segment_ids is not None)
   if kernel == "splash":
     return splash(query, key, value, None if is_causal else segment_ids)
-  return jax.nn.dot_product_attention(
-    query,
-    key,
-    value,
+  y = jax.nn.dot_product_attention(
+    *_named(query, key, value),
     mask=None if mask is None else mask[:, None],
     is_causal=is_causal,
     implementation=kernel,
   )
+  # Flash attention keeps its output with the sums of its softmax.
+  return checkpoint_name(y, "attn_out") if kernel == "xla" else y
+
+
+def _named(query: Array, key: Array, value: Array) -> tuple[Array, ...]:
+  """For rematerialisation, in the shape that the kernel wants them in."""
+  names = ("query", "key", "value")
+  return tuple(map(checkpoint_name, (query, key, value), names))
 
 
 def choose_kernel(
@@ -131,17 +156,17 @@ def splash(
   def local(query, key, value, segment_ids):
     tokens, num_heads, head_dim = query.shape[1:]
     mask = splash_mask.CausalMask((tokens, tokens))
-    block = next(n for n in (512, 256, 128) if tokens % n == 0)
-    wide = 2 * block if tokens % (2 * block) == 0 else block
+    block = next(n for n in (1024, 512, 256, 128) if tokens % n == 0)
+    part = min(block, 512)
     kernel = splash_kernel.make_splash_mha(
       splash_mask.MultiHeadMask([mask] * num_heads),
       block_sizes=splash_kernel.BlockSizes(
         block_q=block,
-        block_kv=wide,
-        block_kv_compute=block,
+        block_kv=block,
+        block_kv_compute=part,
         block_q_dkv=block,
-        block_kv_dkv=wide,
-        block_kv_dkv_compute=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=part,
         use_fused_bwd_kernel=True,
       ),
       head_shards=1,
@@ -157,7 +182,7 @@ def splash(
       return kernel(query, key, value, segment_ids=ids)
 
     query = query * jnp.asarray(head_dim**-0.5, query.dtype)
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    query, key, value = _named(*(x.swapaxes(1, 2) for x in (query, key, value)))
     return jax.vmap(of_row)(query, key, value, segment_ids).swapaxes(1, 2)
 
   in_specs = (heads, heads, heads, P(activations.ROWS))

@@ -206,13 +206,11 @@ class SelfAttention(nn.Module):
       y = y.reshape(batch, tokens, num_heads, c.head_dim)
       return activations.constrain(y, activations.ROWS, None, "tensor", None)
 
-    name = checkpoint_name
     query = linear(c.num_heads, "q_proj")
     key = linear(c.num_kv_heads, "k_proj")
     value = linear(c.num_kv_heads, "v_proj")
-    query = name(attention.rotate(query, shared.cos, shared.sin), "query")
-    key = name(attention.rotate(key, shared.cos, shared.sin), "key")
-    value = name(value, "value")
+    query = attention.rotate(query, shared.cos, shared.sin)
+    key = attention.rotate(key, shared.cos, shared.sin)
     if cache is not None:
       key, value = (
         jax.lax.dynamic_update_slice_in_dim(
@@ -225,7 +223,7 @@ class SelfAttention(nn.Module):
     y = attention.attend(
       query, key, value, shared.mask, is_causal, shared.segment_ids
     )
-    y = name(y.reshape(batch, tokens, -1), "attn_out")
+    y = y.reshape(batch, tokens, -1)
     o_proj = lora.LoraLinear(
       width,
       c.attention_bias == "all",

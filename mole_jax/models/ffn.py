@@ -13,6 +13,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from mole_jax.models import lora
+
 FORMS = ("swiglu", "gelu")
 
 
@@ -60,10 +62,15 @@ def ffn(
   Raises ValueError for a form that is not known.
   """
   if form == "swiglu":
-    gate = checkpoint_name(linear("gate_proj", x), "mlp_gate")
-    up = checkpoint_name(linear("up_proj", x), "mlp_up")
-    return linear("down_proj", jax.nn.silu(gate) * up)
+    gate = _inner(linear("gate_proj", x), "mlp_gate")
+    up = _inner(linear("up_proj", x), "mlp_up")
+    return linear("down_proj", lora.written_out(jax.nn.silu(gate) * up))
   if form == "gelu":
-    up = checkpoint_name(linear("fc1", x), "mlp_up")
-    return linear("fc2", jax.nn.gelu(up, approximate=True))
+    up = _inner(linear("fc1", x), "mlp_up")
+    return linear("fc2", lora.written_out(jax.nn.gelu(up, approximate=True)))
   raise ValueError(f"decoder.mlp={form!r} must be one of {FORMS}.")
+
+
+def _inner(x: Array, name: str) -> Array:
+  """What a map from the model's width gives: kept by this name."""
+  return lora.gradient_written_out(checkpoint_name(x, name))

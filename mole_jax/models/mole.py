@@ -172,7 +172,7 @@ def masked_experts(
   """One wide low-rank product; in rank space the unchosen blocks become 0."""
   num_experts, width, rank = lora_a.shape
   wide_a = lora_a.transpose(1, 0, 2).reshape(width, num_experts * rank)
-  z = activations.rows(lora.matmul(x, wide_a))
+  z = checkpoint_name(activations.rows(lora.matmul(x, wide_a)), "lora_z")
   z = z.reshape(-1, num_experts, rank)
   z = (z * weights[:, :, None]).reshape(-1, num_experts * rank)
   return lora.matmul(z, lora_b.reshape(num_experts * rank, -1))

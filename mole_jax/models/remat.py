@@ -2,7 +2,9 @@
 
 "none" keeps everything; "full" keeps only what enters a layer; "dots" keeps
 the results of matrix products; "named" keeps NAMED, which for a frozen base
-with LoRA recomputes almost nothing at a third of the memory of "none".
+with LoRA recomputes almost nothing at a third of the memory of "none";
+"attention" keeps ATTENTION, half of that, and recomputes two of the seven
+products of a layer.
 """
 
 from collections.abc import Callable
@@ -10,12 +12,15 @@ from collections.abc import Callable
 import jax
 import jax.extend
 
-NAMED = ("query", "key", "value", "attn_out", "resid_mid", "mlp_gate", "mlp_up")
+# "attn_out" where attention is XLA's: flash kernels keep their own output.
+# "lora_z" are low-rank products in rank space.
+ATTENTION = ("query", "key", "value", "attn_out", "resid_mid", "lora_z")
+NAMED = (*ATTENTION, "mlp_gate", "mlp_up")
 # Of splash attention (TPU): output and sums of the softmax.
 SPLASH = "splash_residuals"
 # The primitive, and the one that partitions it.
 CUDNN = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
-POLICIES = ("none", "full", "dots", "named")
+POLICIES = ("none", "full", "dots", "named", "attention")
 
 
 def policy(name: str) -> Callable | None:
@@ -24,9 +29,10 @@ def policy(name: str) -> Callable | None:
     return jax.checkpoint_policies.nothing_saveable
   if name == "dots":
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  if name == "named":
+  if name in ("named", "attention"):
+    kept = NAMED if name == "named" else ATTENTION
     return jax.checkpoint_policies.save_from_both_policies(
-      jax.checkpoint_policies.save_only_these_names(*NAMED, SPLASH),
+      jax.checkpoint_policies.save_only_these_names(*kept, SPLASH),
       _is_flash_attention,
     )
   raise ValueError(f"model.remat={name!r} must be one of {POLICIES}.")

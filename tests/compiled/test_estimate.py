@@ -56,6 +56,22 @@ def test_a_step_is_the_sum_of_what_limits_each_instruction():
   assert guess.compute_seconds == pytest.approx(6)
   assert guess.hidden_seconds == pytest.approx(4)
   assert guess.step_seconds == pytest.approx(6 + 5)
+  # Without cycles only the first two take time: less than what goes on beside.
+  assert guess.roofline_seconds == pytest.approx(3)
+  assert guess.least_seconds == pytest.approx(4 + 5)
+
+
+def test_copies_to_the_chip_go_on_beside_products():
+  rate = V5P.hbm_bytes_per_second
+  product = operation(flops=4 * V5P.peak_flops, hbm_bytes=rate)
+  copy = operation(hbm_bytes=2 * rate, is_async=True)
+  one = devices(1)
+  guess = lambda *done: estimate.step_estimate(
+    work.Work(done, {}), [], V5P, {"data": 1}, one
+  )
+  assert guess(product, copy).step_seconds == pytest.approx(4)
+  # But all of them share the memory's bandwidth.
+  assert guess(product, copy, copy).step_seconds == pytest.approx(5)
 
 
 def test_fake_devices_take_no_time():

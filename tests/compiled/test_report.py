@@ -102,6 +102,11 @@ def test_meshes_to_try_fill_the_devices_and_deal_the_batch():
   # Two key heads: no four-way cut; the one that talks least comes first.
   assert {mesh["tensor"] for mesh in found} == {2}
   assert found[0] == dict(data=4, fsdp=1, expert=1, tensor=2)
+  # Shards of the experts, where their number divides the devices.
+  experts = dataclasses.replace(model.mole, num_experts=4)
+  more = list(search.meshes(8, dataclasses.replace(model, mole=experts), 4))
+  assert more[: len(found)] == found
+  assert {mesh["expert"] for mesh in more} == {1, 2, 4}
 
 
 def test_search_prefers_the_fastest_that_fits(found, monkeypatch):
@@ -110,10 +115,12 @@ def test_search_prefers_the_fastest_that_fits(found, monkeypatch):
   def fake(config, stage, target, mesh):
     policy = config["model"]["remat"]
     made.append((mesh["fsdp"], policy))
-    fits = policy == "full" or mesh["fsdp"] == 8
-    speed = {"none": 3, "named": 2, "full": 1}[policy] / mesh["fsdp"]
+    least = 2 if policy == "full" else 4 if policy == "attention" else 8
+    fits = mesh["fsdp"] >= least
+    speeds = {"none": 4, "named": 3, "attention": 2, "full": 1}
+    speed = speeds[policy] / mesh["fsdp"]
     # Seconds of a step stand for all else that a report says.
-    guess = estimate.Estimate(1 / speed, 0.0, 0.0)
+    guess = estimate.Estimate(1 / speed, 0.0, 0.0, 0.0)
     return dataclasses.replace(
       found,
       mesh=dict(mesh),
@@ -135,8 +142,10 @@ def test_search_prefers_the_fastest_that_fits(found, monkeypatch):
     max_meshes=3,
   )
   # Parameters alone do not fit on one device: it is not compiled.
-  assert [m for m, _ in made] == [2, 2, 4, 4, 8, 8]
-  assert made[:2] == [(2, "named"), (2, "full")]
-  assert made[-1] == (8, "none")
-  assert len(seen) == 6
+  assert made == [
+    *((2, "named"), (2, "attention"), (2, "full")),
+    *((4, "named"), (4, "attention")),
+    *((8, "named"), (8, "none")),
+  ]
+  assert len(seen) == 7
   assert (best.mesh["fsdp"], best.remat) == (2, "full")

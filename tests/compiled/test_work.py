@@ -136,6 +136,22 @@ def test_memory_on_the_chip_is_no_traffic():
   assert found.hbm_bytes == 32
 
 
+@pytest.mark.parametrize(
+  ("line", "moved"),
+  [
+    # Destination, source, context: 32 bytes read, none written.
+    ("(f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%a)", 32),
+    # Source first, of which a part is read.
+    ("((f32[64]{0}), f32[8]{0:S(1)}, s32[]{:S(2)}) slice-start(%a)", 32),
+    ("(f32[8]{0}, f32[8]{0:S(1)}, u32[]{:S(2)}) copy-start(%a)", 32),
+  ],
+)
+def test_a_prefetch_reads_what_it_moves_beside_other_work(line, moved):
+  found = parse(f"%c = {line}", {"a": "f32[64]{0}"})
+  assert found.hbm_bytes == moved
+  assert found.operations[-1].is_async
+
+
 def test_cycles_of_a_loop_are_added_up_and_the_mark_for_none_is_left_out():
   config = 'backend_config={"window_config":{"estimated_cycles":"CYCLES"}}'
   kinds = {"a": "f32[8]{0}", "b": "f32[8]{0}"}

@@ -58,6 +58,30 @@ CASES = {
 }
 
 
+def test_halves_of_a_head_are_swapped_alike_on_a_tpu(monkeypatch):
+  """By a product with a permutation, to the last bit, forward and backward."""
+  x = random(2, 5, 3, 8)
+  angles = attention.rotary_angles(jnp.arange(10).reshape(2, 5), 8, 1e4)
+  turn = lambda x: attention.rotate(x, *angles)
+  want, pull = jax.vjp(turn, x)
+  (want_dx,) = pull(x)
+  monkeypatch.setattr(activations, "platform", lambda: "tpu")
+  got, pull = jax.vjp(turn, x)
+  np.testing.assert_array_equal(got, want)
+  np.testing.assert_allclose(pull(x)[0], want_dx, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "xla"])
+def test_only_what_a_kernel_does_not_keep_is_named(kernel, monkeypatch):
+  monkeypatch.setattr(attention, "choose_kernel", lambda *_: kernel)
+  attend = lambda query, *_, **__: query
+  monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+  x = random(1, 4, 2, 8)
+  made = str(jax.make_jaxpr(lambda x: attention.attend(x, x, x, None))(x))
+  assert ("attn_out" in made) == (kernel == "xla")
+  assert all(f"name={n}" in made for n in ("query", "key", "value"))
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_kernel_is_chosen_for_what_it_can_do(case, monkeypatch):
   platform, dtype, tokens, keys, head_dim, has_mask, has_segments, want = case

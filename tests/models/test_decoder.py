@@ -159,7 +159,7 @@ def test_cached_decoding_equals_the_whole_sequence(config):
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "named"])
+@pytest.mark.parametrize("remat", ["full", "dots", "attention", "named"])
 def test_rematerialisation_changes_memory_not_gradients(remat):
   def gradient_and_memory(name):
     module, params, x = make(remat=name)
