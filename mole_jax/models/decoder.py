@@ -422,7 +422,8 @@ class Decoder(nn.Module):
       by_kind = {}
       for kind in dict.fromkeys(kinds):
         of_kind = keys[jnp.array([i for i, k in enumerate(kinds) if k == kind])]
-        by_kind[kind] = jax.vmap(lambda key, k=kind: one(key, k))(of_kind)
+        # Not `vmap`, which cuDNN's attention does not take.
+        by_kind[kind] = jax.lax.map(lambda key, k=kind: one(key, k), of_kind)
       return pattern.stack(by_kind, kinds)
 
     params = self.param("layers", init)

@@ -99,6 +99,21 @@ def _parameter_shapes(
   return jax.eval_shape(lambda key: initialise(config, key), jax.random.key(0))
 
 
+def decoder_size(config: llava.LlavaConfig) -> tuple[int, int]:
+  """Parameters of the decoder: (those that a token uses, all).
+
+  Of a layer's full experts a token uses top_k.
+  """
+  activated = total = 0
+  for name, leaf in parameter_shapes(config).items():
+    if name.startswith("decoder/"):
+      total += leaf.size
+      is_expert = "/experts/" in name
+      share = config.moe.top_k / leaf.shape[1] if is_expert else 1
+      activated += round(leaf.size * share)
+  return activated, total
+
+
 def is_trainable(
   names: Sequence[str], patterns: Sequence[str]
 ) -> dict[str, bool]:
