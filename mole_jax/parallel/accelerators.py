@@ -206,8 +206,9 @@ _ONE, _FOUR, _EIGHT = (1, 1, 1), (2, 2, 1), (2, 4, 1)
 
 # Default meshes. Measured by compiling for the topology: v5e and v6e 8x8 gather
 # weights over 64 devices in one dimension; on v5p 4x4x4 that becomes an
-# all-reduce, twice the traffic, and (4, 16) gathers. So the tori of three
-# dimensions have at most 16 on `fsdp`, and nothing has more than 64.
+# all-reduce, twice the traffic, and (4, 16) gathers, as (8, 64) does on 8x8x8.
+# So `fsdp` spans two of three dimensions, and has nowhere more than 64. JAX
+# gives each axis whole dimensions of the torus, and refuses all other sizes.
 _TORUS_3D = (
   ("2x2x1", _FOUR, 1, 4),
   ("2x2x2", _FOUR, 1, 8),
@@ -215,8 +216,8 @@ _TORUS_3D = (
   ("2x4x4", _FOUR, 2, 16),
   ("4x4x4", _FOUR, 4, 16),
   ("4x4x8", _FOUR, 8, 16),
-  ("4x8x8", _FOUR, 16, 16),
-  ("8x8x8", _FOUR, 32, 16),
+  ("4x8x8", _FOUR, 4, 64),
+  ("8x8x8", _FOUR, 8, 64),
 )
 _TORUS_2D = (
   ("1x1", _ONE, 1, 1),
@@ -225,8 +226,8 @@ _TORUS_2D = (
   ("4x4", _FOUR, 1, 16),
   ("4x8", _FOUR, 1, 32),
   ("8x8", _FOUR, 1, 64),
-  ("8x16", _FOUR, 2, 64),
-  ("16x16", _FOUR, 4, 64),
+  ("8x16", _FOUR, 8, 16),
+  ("16x16", _FOUR, 16, 16),
 )
 ACCELERATORS = (
   *_rows("v4", *_TORUS_3D),

@@ -31,8 +31,8 @@ class Row(NamedTuple):
 # Names as in the design: they count chips.
 ROWS = {
   "7b": (
-    Row("v5e-16", "v5e:4x4", 16, 1, "attention"),
-    Row("v5e-256", "v5e:16x16", 256, 1, "attention"),
+    Row("v5e-16", "v5e:4x4", 16, 1, "named"),
+    Row("v5e-256", "v5e:16x16", 256, 1, "named"),
     Row("v5p-64", "v5p:4x4x4", 64, 1, "named"),
     Row("v5p-512", "v5p:8x8x8", 512, 1, "named"),
     Row("v6e-16", "v6e:4x4", 16, 1, "named"),

@@ -1,5 +1,6 @@
 """The table of accelerators agrees with itself and with what is published."""
 
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,20 @@ def test_chips_hosts_and_meshes_multiply_up(row):
     sizes = row.mesh(slices)
     assert list(sizes) == ["data", "fsdp", "expert", "tensor"]
     assert math.prod(sizes.values()) == row.devices * slices
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
+def test_mesh_axes_are_whole_dimensions_of_the_torus(name):
+  """JAX makes no mesh of others: 16 of 8x8x8 is none, 64 is."""
+  for row in accelerators.ACCELERATORS:
+    if row.chip.name == name:
+      sides = [int(side) for side in row.topology.split("x")]
+      products = {
+        math.prod(some)
+        for n in range(len(sides) + 1)
+        for some in itertools.combinations(sides, n)
+      }
+      assert {row.data, row.fsdp} <= products, row.name
 
 
 @ROWS
