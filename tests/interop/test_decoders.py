@@ -30,11 +30,7 @@ def read(base):
   """Configuration and flat parameters of a converted base."""
   reader = base_lib.BaseReader(base)
   config = llava.make_config(sources.full_model_section(reader.about["model"]))
-  return config, {
-    name: leaf
-    for number in range(len(reader.parts()))
-    for name, leaf in reader.read_part(number).items()
-  }
+  return config, reader.read_onto(dict.fromkeys(reader.parameters))
 
 
 def assert_same_base(one, other):
