@@ -54,13 +54,7 @@ def get_config(arg: str = "tiny") -> mlc.ConfigDict:
 
 def tiny() -> mlc.ConfigDict:
   """Minutes on two CPU cores."""
-  c = runpy.run_path(str(MOLE3))["get_config"]("tiny")
-  c.name = "moe_llava"
-  c.model.moe = dict(EXPERTS)
-  c.model.use_visual_tokens = False
-  c.model.lora.rank = 0
-  c.model.mole.num_experts = 0
-  c.balance = dict(loss="moe_llava", weight=1e-2)
+  c = _without_lora("tiny")
   c.stage_names = ("base", "projector", "tuning", "experts")
   base, adapters = c.stages.base, c.stages.mole
   base.num_steps = 300
@@ -80,17 +74,11 @@ def paper(variant: str) -> mlc.ConfigDict:
   config.base.path is what `mole_jax.convert from-hf` makes of the decoder and
   `--vision` CLIP-L/336, with a new projector.
   """
-  c = runpy.run_path(str(MOLE3))["get_config"]("7b")
-  c.name = "moe_llava"
+  c = _without_lora("7b")
   c.variant = variant
   c.model.vision.feature_layer = -2
-  c.model.use_visual_tokens = False
-  c.model.lora.rank = 0
-  c.model.mole.num_experts = 0
-  c.model.moe = dict(EXPERTS)
   c.model.decoder.update(BACKBONES[variant])
   c.model.image_token_id = IMAGE_IDS[variant]
-  c.balance = dict(loss="moe_llava", weight=1e-2)
   c.base.path = f"weights/{variant}"
   c.data.tokenizer = f"weights/{variant}/tokenizer.json"
   c.data.use_bos = True
@@ -100,21 +88,34 @@ def paper(variant: str) -> mlc.ConfigDict:
   like = c.stages.mole
   like.max_length = 2048
   like.max_images = 1
+
   c.stage_names = ("projector", "tuning", "experts")
   c.stages = dict(
     projector=_stage(like, PROJECTOR, lr=1e-3, num_steps=558_000 // 256),
     tuning=_stage(like, ALL_BUT_TOWER, lr=2e-5, num_steps=964_000 // 128),
     experts=_stage(like, FFNS_AND_ROUTERS, lr=2e-5, num_steps=665_000 // 128),
   )
-  c.stages.experts.use_experts = True
-  for stage, name, data, form in (
-    (c.stages.projector, "llava_pretrain", "llava_pretrain", "plain"),
-    (c.stages.tuning, "hybrid_ft", "hybrid_ft", "chat"),
-    (c.stages.experts, "mix665k", "llava_mix665k", "chat"),
+  for stage, batch_size, name, data, form in (
+    (c.stages.projector, 256, "llava_pretrain", "llava_pretrain", "plain"),
+    (c.stages.tuning, 128, "hybrid_ft", "hybrid_ft", "chat"),
+    (c.stages.experts, 128, "mix665k", "llava_mix665k", "chat"),
   ):
-    stage.batch_size = 256 if form == "plain" else 128
+    stage.batch_size = batch_size
     line = dict(name=f"data/{data}", split="train", format=form, weight=1.0)
     stage.mixture = {name: line}
+  c.stages.experts.use_experts = True
+  return c
+
+
+def _without_lora(variant: str) -> mlc.ConfigDict:
+  """A variant of configs/mole3.py with full experts in place of LoRA."""
+  c = runpy.run_path(str(MOLE3))["get_config"](variant)
+  c.name = "moe_llava"
+  c.model.moe = dict(EXPERTS)
+  c.model.use_visual_tokens = False
+  c.model.lora.rank = 0
+  c.model.mole.num_experts = 0
+  c.balance = dict(loss="moe_llava", weight=1e-2)
   return c
 
 

@@ -170,12 +170,10 @@ def _parameters(
   """Every parameter of the base, one at a time."""
   vocab_size = model["decoder"]["vocab_size"]
   for path, array in sources.read_parameters(source, plan.rows, dtype):
-    if path == "decoder/embed_tokens":
+    if path in ("decoder/embed_tokens", "decoder/lm_head_bias"):
       array = _grow(array, vocab_size, axis=0)
     elif path == "decoder/lm_head":
       array = _grow(array, vocab_size, axis=1)
-    elif path == "decoder/lm_head_bias":
-      array = _grow(array, vocab_size, axis=0)
     yield path, array
     del array
   if plan.new:

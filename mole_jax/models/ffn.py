@@ -17,18 +17,16 @@ from mole_jax.models import lora
 
 FORMS = ("swiglu", "gelu")
 
+# The map back to the model's width, by form; the others lead from it.
+OUTPUT = {"swiglu": "down_proj", "gelu": "fc2"}
+
 
 class LinearShape(NamedTuple):
-  """One linear map of a block: fan_in -> fan_out.
-
-  is_output: whether it leads back to the model's width; the others lead from
-    it.
-  """
+  """One linear map of a block: fan_in -> fan_out."""
 
   fan_in: int
   fan_out: int
   has_bias: bool
-  is_output: bool
 
 
 def linear_shapes(
@@ -37,14 +35,14 @@ def linear_shapes(
   """The maps of a form by name; ValueError for a form that is not known."""
   if form == "swiglu":
     return {
-      "gate_proj": LinearShape(width, intermediate, False, False),
-      "up_proj": LinearShape(width, intermediate, False, False),
-      "down_proj": LinearShape(intermediate, width, False, True),
+      "gate_proj": LinearShape(width, intermediate, False),
+      "up_proj": LinearShape(width, intermediate, False),
+      "down_proj": LinearShape(intermediate, width, False),
     }
   if form == "gelu":
     return {
-      "fc1": LinearShape(width, intermediate, True, False),
-      "fc2": LinearShape(intermediate, width, True, True),
+      "fc1": LinearShape(width, intermediate, True),
+      "fc2": LinearShape(intermediate, width, True),
     }
   raise ValueError(f"decoder.mlp={form!r} must be one of {FORMS}.")
 

@@ -40,9 +40,8 @@ class LlavaConfig:
   moe: moe_lib.MoeConfig = moe_lib.MoeConfig()
 
   def __post_init__(self):
-    moe_lib.experts_by_layer(
-      self.moe, self.decoder.num_layers
-    )  # Checks layers.
+    # Raises for layers that there are not.
+    moe_lib.experts_by_layer(self.moe, self.decoder.num_layers)
     if self.remat not in remat.POLICIES:
       raise ValueError(
         f"model.remat={self.remat!r} must be one of {remat.POLICIES}."

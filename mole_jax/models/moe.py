@@ -374,24 +374,22 @@ def mixture(
     return y.reshape(x.shape), trip.kept.reshape(*x.shape[:2], -1)
 
   rows = P(activations.ROWS)
+  output = ffn.OUTPUT[form]
   specs = {
-    name: {key: _spec(name, key, axis) for key in p}
+    name: {key: _spec(name == output, key, axis) for key in p}
     for name, p in params.items()
   }
   apply = activations.per_device(local, (rows,) * 4 + (specs,), (rows, rows))
-  if mesh is not None:
-    params = _bias_once(params, mesh.shape["tensor"])
+  if mesh is not None and "bias" in params[output]:
+    # Each of the devices that add up y adds it.
+    share = params[output]["bias"] / mesh.shape["tensor"]
+    params = {**params, output: {**params[output], "bias": share}}
   return apply(x, routing.probs, routing.chosen, is_token, params)
 
 
-# Maps whose input, not output, `tensor` cuts.
-_IS_INPUT_CUT = ("down_proj", "fc2")
-
-
-def _spec(name: str, key: str, axis: str | None) -> P:
+def _spec(is_input_cut: bool, key: str, axis: str | None) -> P:
   """How a device needs an expert's parameter: `axis` cuts experts, `tensor`
-  the inner width, which is the output of all maps but the last."""
-  is_input_cut = name in _IS_INPUT_CUT
+  the inner width, which goes into the last map and comes out of the others."""
   if key == "bias":
     return P(axis, None if is_input_cut else "tensor")
   if key == "lora_a" and not is_input_cut:
@@ -399,21 +397,6 @@ def _spec(name: str, key: str, axis: str | None) -> P:
   if key == "lora_b" and is_input_cut:
     return P(axis)
   return P(axis, "tensor") if is_input_cut else P(axis, None, "tensor")
-
-
-def _bias_once(params, tensor_size: int):
-  """The last map's bias is added on each of the devices that add up y."""
-  if tensor_size == 1:
-    return params
-  return {
-    name: {
-      key: value / tensor_size
-      if key == "bias" and name in _IS_INPUT_CUT
-      else value
-      for key, value in p.items()
-    }
-    for name, p in params.items()
-  }
 
 
 def balance_loss(
@@ -486,7 +469,7 @@ class Experts(nn.Module):
         self.num_experts,
         shape,
         self.rank,
-        self.init_scale if name in _IS_INPUT_CUT else 1.0,
+        self.init_scale if name == ffn.OUTPUT[self.form] else 1.0,
         name=name,
       )()
       for name, shape in shapes.items()

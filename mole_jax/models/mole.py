@@ -413,16 +413,16 @@ class MoleMlp(nn.Module):
     u = dropout(x)  # One mask for all maps of x.
 
     def linear(name, z):
-      shape = shapes[name]
+      shape, is_output = shapes[name], name == ffn.OUTPUT[self.form]
       module = ExpertsLinear(
         shape.fan_out,
         c,
-        self.init_scale if shape.is_output else 1.0,
-        is_input_cut=shape.is_output,
+        self.init_scale if is_output else 1.0,
+        is_input_cut=is_output,
         use_bias=shape.has_bias,
         name=name,
       )
-      if shape.is_output:
+      if is_output:
         return module(z, weights, plan, dispatch, dropout(z))
       y = module(z, weights, plan, dispatch, u)
       return activations.constrain(y, activations.ROWS, None, "tensor")

@@ -272,7 +272,7 @@ class BaseReader:
     by_part: dict[int, list[_Tile]] = {}
     num_left = collections.Counter[str]()
     for name, sharding in shardings.items():
-      entry, place = self.parameters[name], sharding or _first_device()
+      entry, place = self.parameters[name], sharding or first_device()
       if "rows" in entry:
         array = self.read(name)
         flat[name] = jax.make_array_from_callback(
@@ -390,7 +390,8 @@ class BaseReader:
     return pieces
 
 
-def _first_device() -> jax.sharding.Sharding:
+def first_device() -> jax.sharding.Sharding:
+  """Where parameters go that no mesh is told for."""
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 

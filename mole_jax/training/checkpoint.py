@@ -248,7 +248,7 @@ def _read_frozen(trained: TrainedModel) -> state.Flat:
   """What a stage did not train, from its base."""
   config, base = trained.config, trained.base
   model_config = state.model_config(config, trained.stage)
-  if model_config.moe.is_on and upcycle.is_dense(base.parameters):
+  if upcycle.is_needed(model_config, base):
     shapes = state.parameter_shapes(model_config)
     frozen = {name: shapes[name] for name in trained.frozen}
     return upcycle.read(base, model_config, frozen)

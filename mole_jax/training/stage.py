@@ -232,7 +232,7 @@ def load_base(
     for name, leaf in shapes.items()
   }
   optional = stage.trainable_shapes
-  if stage.model_config.moe.is_on and upcycle.is_dense(reader.parameters):
+  if upcycle.is_needed(stage.model_config, reader):
     flat = upcycle.read(reader, stage.model_config, shapes, optional)
     upcycle.check_copies(flat)
     return flat

@@ -20,17 +20,20 @@ LAYERS = "decoder/layers"
 
 
 class Source(NamedTuple):
-  """Where a parameter comes from: some layers of one of the dense model's,
-  each `copies` times along a new axis (0: as it is)."""
+  """What a parameter is made of: some layers of one of the dense model's, each
+  `copies` times along a new axis (0: as it is)."""
 
   name: str
   layers: tuple[int, ...]
   copies: int
 
 
-def is_dense(names: Collection[str]) -> bool:
-  """Whether parameters are of a model without experts."""
-  return not any(name.startswith(f"{LAYERS}/moe_x") for name in names)
+def is_needed(config: llava.LlavaConfig, reader: base_lib.BaseReader) -> bool:
+  """Whether a model has experts and a base has none."""
+  has_experts = any(
+    name.startswith(f"{LAYERS}/moe_x") for name in reader.parameters
+  )
+  return config.moe.is_on and not has_experts
 
 
 def sources(
@@ -65,6 +68,8 @@ def read(
 ) -> state.Flat:
   """Parameters of a model with experts from a base without, verified.
 
+  FFNs are held whole on each host, one map of all layers at a time.
+
   Args:
     reader: the base.
     config: the model with experts.
@@ -75,47 +80,50 @@ def read(
   differences are listed), before any weight is read.
   """
   made = sources(config, shapes)
-  places: dict[str, list[str]] = {}
+  as_it_is: dict[str, jax.sharding.Sharding | None] = {}
+  made_of: dict[str, list[str]] = {}
   problems = []
   for name, leaf in shapes.items():
-    source = made.get(name, Source(name, (), 0))
-    if source is None:
+    if name not in made:
+      wanted, stored = leaf.shape, name
+    elif made[name] is None:
       continue
-    entry = reader.parameters.get(source.name)
-    wanted = dense_shape(config, leaf.shape, source)
-    if entry is None and name not in optional:
-      problems.append(f"missing {source.name}")
-    elif entry is not None and tuple(entry["shape"]) != wanted:
-      problems.append(
-        f"{source.name} is {entry['shape']}, wanted {list(wanted)}"
+    else:
+      wanted, stored = (
+        _dense_shape(config, leaf.shape, made[name]),
+        made[name].name,
       )
-    elif entry is not None:
-      places.setdefault(source.name, []).append(name)
+    entry = reader.parameters.get(stored)
+    if entry is None:
+      if name not in optional:
+        problems.append(f"missing {stored}")
+    elif tuple(entry["shape"]) != wanted:
+      problems.append(f"{stored} is {entry['shape']}, wanted {list(wanted)}")
+    elif name in made:
+      made_of.setdefault(stored, []).append(name)
+    else:
+      as_it_is[name] = leaf.sharding
   if problems:
     raise ValueError(
       f"the base in {reader.directory} is not config.model without its "
       "experts:\n  " + "\n  ".join(dict.fromkeys(problems))
     )
-  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  flat = {}
-  for source_name, names in places.items():
-    array = reader.read(source_name)
+  flat = reader.read_onto(as_it_is)
+  for stored, names in made_of.items():
+    array = reader.read(stored)
     for name in names:
-      source = made.get(name) or Source(name, (), 0)
       flat[name] = jax.make_array_from_callback(
         shapes[name].shape,
-        shapes[name].sharding or first,
-        lambda index, a=array, s=source: _region(a, s, index),
+        shapes[name].sharding or base_lib.first_device(),
+        lambda index, a=array, s=made[name]: _region(a, s, index),
       )
   return {name: flat[name] for name in shapes if name in flat}
 
 
-def dense_shape(
+def _dense_shape(
   config: llava.LlavaConfig, shape: tuple[int, ...], source: Source
 ) -> tuple[int, ...]:
   """Shape of what a parameter is made of."""
-  if not source.layers:
-    return shape
   rest = shape[2:] if source.copies else shape[1:]
   return (config.decoder.num_layers, *rest)
 
@@ -124,8 +132,6 @@ def _region(
   array: np.ndarray, source: Source, index: tuple[slice, ...]
 ) -> np.ndarray:
   """The part of a parameter that a device holds."""
-  if not source.layers:
-    return array[index]
   layers = list(source.layers[index[0]])
   if not source.copies:
     return array[layers][(slice(None), *index[1:])]
@@ -137,9 +143,11 @@ def _region(
 
 def check_copies(params: Mapping[str, Any]) -> None:
   """Raises ValueError where a layer's experts are not alike, bit for bit."""
+  # One program, which keeps no array of what is compared.
+  are_alike = jax.jit(lambda leaf: (leaf == leaf[:, :1]).all())
   for name, leaf in params.items():
     is_expert = re.fullmatch(
       rf"{LAYERS}/moe_x\d+/experts/.*/(kernel|bias)", name
     )
-    if is_expert and not bool((leaf == leaf[:, :1]).all()):
+    if is_expert and not bool(are_alike(leaf)):
       raise ValueError(f"upcycled experts of {name!r} differ.")

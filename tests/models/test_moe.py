@@ -388,7 +388,7 @@ def test_upcycled_logits_are_those_of_the_dense_model(values, tmp_path):
   dense, params = dense_of(config, without)
   base_lib.write_base(tmp_path, state.flatten(params))
   reader = base_lib.BaseReader(tmp_path)
-  assert upcycle.is_dense(reader.parameters)
+  assert upcycle.is_needed(config, reader)
   shapes = state.parameter_shapes(config)
   flat = upcycle.read(reader, config, shapes)
   upcycle.check_copies(flat)
@@ -418,7 +418,7 @@ def test_a_base_with_other_ffns_is_refused_before_any_weight_is_read(tmp_path):
   _, _, params = small.make(decoder=sizes, **without)
   base_lib.write_base(tmp_path, state.flatten(params))
   reader = base_lib.BaseReader(tmp_path)
-  reader.read = None  # Nothing may be read.
+  reader.read = reader.read_onto = None  # Nothing may be read.
   with pytest.raises(ValueError) as caught:
     upcycle.read(reader, config, state.parameter_shapes(config))
   message = str(caught.value)
