@@ -9,14 +9,14 @@ import pytest
 import torch
 import transformers
 
-from mole_jax.inference import generate, generator
+from mole_jax.inference import generator
 from mole_jax.interop import from_hf, hf_config, names, sources, tensors, to_hf
 from mole_jax.interop import verify as verify_lib
 from mole_jax.models import decoder as decoder_lib
 from mole_jax.models import llava
 from mole_jax.training import base as base_lib
 from mole_jax.training import state
-from tests.interop import folders, in_process, random_run, torch_models
+from tests.interop import folders, greedy, in_process, random_run, torch_models
 
 pytestmark = pytest.mark.filterwarnings(
   # Of PEFT 0.21 under Transformers 5.24.
@@ -124,31 +124,13 @@ def test_layers_logits_and_gradients_are_those_of_transformers(case):
 def test_greedy_text_is_that_of_transformers(case):
   _, model, folder = case
   config, flat = read(folder / "base")
-  made = generator.Generator(
-    config,
-    state.unflatten(flat),
-    eos_id=0,
-    pad_id=0,
-    banned_ids=[],
-    image_mean=[0.0] * 3,
-    image_std=[1.0 / 255] * 3,
-  )
   rng = np.random.default_rng(1)
   no_images = np.zeros((0, 12, 12, 3), np.uint8)
   prompts = [
     generator.Prompt(rng.integers(4, 900, count).astype(np.int32), no_images)
     for count in (7, 12)
   ]
-  answers = made(prompts, max_new_tokens=8, sampling=generate.GREEDY)
-  for prompt, answer in zip(prompts, answers, strict=True):
-    out = model.generate(
-      input_ids=torch.from_numpy(prompt.input_ids)[None].long(),
-      max_new_tokens=8,
-      do_sample=False,
-      eos_token_id=0,
-      pad_token_id=0,
-    )[0, len(prompt.input_ids) :].tolist()
-    assert answer.tokens.tolist() == out[: (out + [0]).index(0)]
+  greedy.assert_same_text(model, config, flat, prompts, max_new_tokens=8)
 
 
 def test_it_goes_out_and_comes_in_again_bit_for_bit(

@@ -179,7 +179,7 @@ def test_a_converted_checkpoint_loads_and_answers_like_transformers(tmp_path):
   with torch.no_grad():
     logits = theirs(
       input_ids=torch.from_numpy(ids),
-      pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+      pixel_values=torch_models.to_torch(pixels),
     ).logits.numpy()
   difference = np.abs(np.asarray(ours.logits(ids, pixels)) - logits).max()
   assert difference <= 1e-4 * np.abs(logits).max()

@@ -161,7 +161,7 @@ def make_spec(state):
 def image_positions(state, clip, pixels):
   """What an image becomes: CLIP's last layer, projected, wrapped."""
   x = clip(
-    torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+    torch_models.to_torch(pixels),
     output_hidden_states=True,
   ).hidden_states[-1][:, 1:]
   adaptor = "in_adaptor.projector"

@@ -11,11 +11,12 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
+from mole_jax.inference import generator
 from mole_jax.interop import from_hf, sources
 from mole_jax.models import attention, llava, vision
 from mole_jax.training import base as base_lib
 from mole_jax.training import losses, state
-from tests.interop import torch_models
+from tests.interop import greedy, torch_models
 
 NUM_IMAGE_TOKENS = 9
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -61,18 +62,6 @@ def make_batch(seed=0):
   return ids, mask, pixels, slots
 
 
-def to_torch(pixels):
-  return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-
-
-def assert_close(ours, theirs, rtol):
-  """Relative to the largest value."""
-  theirs = theirs.detach().numpy() if torch.is_tensor(theirs) else theirs
-  ours = np.asarray(ours)
-  assert ours.shape == theirs.shape
-  assert np.abs(ours - theirs).max() <= rtol * np.abs(theirs).max()
-
-
 @pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])
 def test_patches_are_embedded_as_by_a_convolution(family, tmp_path):
   model = torch_models.make_llava(family=family)
@@ -85,13 +74,15 @@ def test_patches_are_embedded_as_by_a_convolution(family, tmp_path):
     else embeddings.patch_embedding
   )
   with torch.no_grad():
-    theirs = convolution(to_torch(pixels)).flatten(2).transpose(1, 2)
+    theirs = (
+      convolution(torch_models.to_torch(pixels)).flatten(2).transpose(1, 2)
+    )
   ours = vision.patchify(jnp.asarray(pixels), config.vision.patch_size)
   ours = ours @ flat["vision/patch_embedding/kernel"]
   if family != "clip":
     bias = flat["vision/patch_embedding/bias"]
     ours = ours + jnp.broadcast_to(bias, ours.shape)
-  assert_close(ours, theirs, 1e-5)
+  torch_models.assert_close(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +100,7 @@ def test_every_feature_layer_is_that_of_transformers(
   pixels = make_pixels(config)
   with torch.no_grad():
     states = model.model.vision_tower(
-      to_torch(pixels), output_hidden_states=True
+      torch_models.to_torch(pixels), output_hidden_states=True
     ).hidden_states
   params = {"params": state.unflatten(flat)["vision"]}
   first = int(vision.FAMILIES[family].has_class_token)
@@ -118,7 +109,7 @@ def test_every_feature_layer_is_that_of_transformers(
       dataclasses.replace(config.vision, feature_layer=layer)
     )
     ours = tower.apply(params, jnp.asarray(pixels))
-    assert_close(ours, states[layer][:, first:], 1e-5)
+    torch_models.assert_close(ours, states[layer][:, first:], 1e-5)
 
 
 @pytest.mark.parametrize("image_size", [12, 24, 32])
@@ -133,11 +124,13 @@ def test_dinov2_sees_other_sizes_than_it_learned_positions_for(
   pixels = pixels.astype(np.float32)
   with torch.no_grad():
     theirs = model.model.vision_tower(
-      to_torch(pixels), output_hidden_states=True
+      torch_models.to_torch(pixels), output_hidden_states=True
     ).hidden_states[-2]
   params = {"params": state.unflatten(flat)["vision"]}
   tower = vision.VisionTower(resized)
-  assert_close(tower.apply(params, jnp.asarray(pixels)), theirs[:, 1:], 1e-5)
+  torch_models.assert_close(
+    tower.apply(params, jnp.asarray(pixels)), theirs[:, 1:], 1e-5
+  )
 
 
 def test_positions_are_resized_as_torch_interpolates():
@@ -154,7 +147,7 @@ def test_positions_are_resized_as_torch_interpolates():
     )
     wanted = theirs[0].permute(1, 2, 0).reshape(-1, 7)
     # torch computes the weights themselves in float32.
-    assert_close(ours, wanted, 1e-5)
+    torch_models.assert_close(ours, wanted, 1e-5)
 
 
 def make_pixels(config, count=3):
@@ -177,8 +170,8 @@ def test_rotary_positions_are_those_of_llama():
   angles = attention.rotary_angles(jnp.asarray(positions), 6, 5000.0)
   ours = attention.rotate(jnp.asarray(query), *angles)
   # Angles up to 4000 rad in float32 are 2e-4 apart.
-  assert_close(ours, theirs.transpose(1, 2), 1e-3)
-  assert_close(ours[:, :3], theirs.transpose(1, 2)[:, :3], 1e-5)
+  torch_models.assert_close(ours, theirs.transpose(1, 2), 1e-3)
+  torch_models.assert_close(ours[:, :3], theirs.transpose(1, 2)[:, :3], 1e-5)
 
 
 def test_each_decoder_layer_is_that_of_llama(pair):
@@ -188,7 +181,7 @@ def test_each_decoder_layer_is_that_of_llama(pair):
     states = model(
       input_ids=torch.from_numpy(ids).long(),
       attention_mask=torch.from_numpy(mask).long(),
-      pixel_values=to_torch(pixels),
+      pixel_values=torch_models.to_torch(pixels),
       output_hidden_states=True,
     ).hidden_states
   positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
@@ -202,7 +195,9 @@ def test_each_decoder_layer_is_that_of_llama(pair):
   assert len(ours) == len(states) == 3
   is_token = mask.astype(bool)
   for mine, theirs in zip(ours, states, strict=True):
-    assert_close(np.asarray(mine)[is_token], theirs.numpy()[is_token], 1e-5)
+    torch_models.assert_close(
+      np.asarray(mine)[is_token], theirs.numpy()[is_token], 1e-5
+    )
 
 
 def test_bfloat16_errs_no_more_than_torch_s(pair, tmp_path):
@@ -215,7 +210,7 @@ def test_bfloat16_errs_no_more_than_torch_s(pair, tmp_path):
     theirs = low(
       input_ids=torch.from_numpy(ids).long(),
       attention_mask=torch.from_numpy(mask).long(),
-      pixel_values=to_torch(pixels).to(torch.bfloat16),
+      pixel_values=torch_models.to_torch(pixels).to(torch.bfloat16),
     )
     theirs = theirs.logits.float().numpy()[is_token]
   ours, _ = run(
@@ -243,20 +238,22 @@ def test_projected_features_are_those_of_llava(pair):
   model, config, flat = pair
   _, _, pixels, _ = make_batch()
   with torch.no_grad():
-    theirs = model.model.get_image_features(to_torch(pixels)).pooler_output
+    theirs = model.model.get_image_features(
+      torch_models.to_torch(pixels)
+    ).pooler_output
   ours = llava.Llava(config).apply(
     {"params": state.unflatten(flat)},
     jnp.asarray(pixels[:, None]),
     method="encode_images",
   )
-  assert_close(ours, torch.stack(list(theirs)), 1e-5)
+  torch_models.assert_close(ours, torch.stack(list(theirs)), 1e-5)
 
 
 def torch_logits(model, ids, mask, pixels):
   return model(
     input_ids=torch.from_numpy(ids).long(),
     attention_mask=torch.from_numpy(mask).long(),
-    pixel_values=to_torch(pixels),
+    pixel_values=torch_models.to_torch(pixels),
   ).logits
 
 
@@ -272,7 +269,9 @@ def test_logits_and_loss_with_three_one_and_no_images(pair):
     )
   ours, hidden = run(config, flat, ids, mask, slots)
   is_token = mask.astype(bool)
-  assert_close(np.asarray(ours)[is_token], logits.numpy()[is_token], 1e-4)
+  torch_models.assert_close(
+    np.asarray(ours)[is_token], logits.numpy()[is_token], 1e-4
+  )
   domains = np.where(is_token, 0, -1)
   sums = losses.next_token_sums(
     hidden,
@@ -300,7 +299,9 @@ def test_tied_embeddings_and_left_padding(tmp_path):
     theirs = torch_logits(model, ids, mask, pixels)
   ours, _ = run(config, flat, ids, mask, slots)
   is_token = mask.astype(bool)
-  assert_close(np.asarray(ours)[is_token], theirs.numpy()[is_token], 1e-4)
+  torch_models.assert_close(
+    np.asarray(ours)[is_token], theirs.numpy()[is_token], 1e-4
+  )
 
 
 def with_lora(config, flat, seed=1):
@@ -370,28 +371,17 @@ def test_gradients_of_every_lora_matrix_and_the_merged_export(pair, tmp_path):
   (_, ours), grads = jax.value_and_grad(objective, has_aux=True)(added)
   is_token = mask.astype(bool)
   theirs = logits.detach().numpy()[is_token]
-  assert_close(np.asarray(ours)[is_token], theirs, 1e-4)
+  torch_models.assert_close(np.asarray(ours)[is_token], theirs, 1e-4)
   for (path, layer), pair_of_leaves in leaves.items():
     for x, leaf in zip("ab", pair_of_leaves, strict=True):
       grad = np.asarray(grads[f"{path}/lora_{x}"][layer])
       grad = grad[0] if grad.ndim == 3 else grad
-      assert_close(grad, leaf.grad, 1e-4)
+      torch_models.assert_close(grad, leaf.grad, 1e-4)
 
 
 def test_greedy_text_is_that_of_transformers(pair):
-  from mole_jax.inference import generate, generator
-
   model, config, flat = pair
   ids, mask, pixels, slots = make_batch()
-  made = generator.Generator(
-    config,
-    state.unflatten(flat),
-    eos_id=0,
-    pad_id=0,
-    banned_ids=[],
-    image_mean=[0.0] * 3,
-    image_std=[1.0 / 255] * 3,
-  )
   rng = np.random.default_rng(5)
   pixels = rng.integers(0, 2, (4, 12, 12, 3)).astype(np.uint8)
   prompts = [
@@ -399,19 +389,4 @@ def test_greedy_text_is_that_of_transformers(pair):
     generator.Prompt(ids[1][:27], pixels[3:]),
     generator.Prompt(ids[2][:20], pixels[:0]),
   ]
-  answers = made(prompts, max_new_tokens=10, sampling=generate.GREEDY)
-  for prompt, answer in zip(prompts, answers, strict=True):
-    # Values of 0 and 1 are what our normalisation makes of these bytes.
-    values = to_torch(prompt.images.astype(np.float32))
-    images = {"pixel_values": values} if len(values) else {}
-    out = model.generate(
-      input_ids=torch.from_numpy(prompt.input_ids)[None].long(),
-      **images,
-      max_new_tokens=10,
-      do_sample=False,
-      eos_token_id=0,
-      pad_token_id=0,
-    )[0, len(prompt.input_ids) :]
-    theirs = out.tolist()
-    theirs = theirs[: theirs.index(0)] if 0 in theirs else theirs
-    assert answer.tokens.tolist() == theirs
+  greedy.assert_same_text(model, config, flat, prompts, max_new_tokens=10)

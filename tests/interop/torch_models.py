@@ -168,12 +168,19 @@ def logits_of(model, ids, pixels):
   with torch.no_grad():
     return model(
       input_ids=torch.from_numpy(ids),
-      pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+      pixel_values=to_torch(pixels),
     ).logits.numpy()
+
+
+def to_torch(pixels):
+  """[N, Y, X, 3] -> [N, 3, Y, X]."""
+  return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
 def assert_close(ours, theirs, rtol=1e-4):
   """Relative to the largest value."""
+  theirs = theirs.detach().numpy() if torch.is_tensor(theirs) else theirs
+  ours = np.asarray(ours)
   assert ours.shape == theirs.shape
   assert np.abs(ours - theirs).max() <= rtol * np.abs(theirs).max()
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mole_jax.models import attention, decoder, mole
+from tests.models import small
 
 CONFIG = decoder.DecoderConfig(
   vocab_size=50,
@@ -19,16 +20,8 @@ CONFIG = decoder.DecoderConfig(
   head_dim=6,
   rope_theta=100.0,
 )
-# Phi's form, which has all that Llama's has not.
 PHI = dataclasses.replace(
-  CONFIG,
-  head_dim=10,
-  norm="layer",
-  rotary_fraction=0.4,
-  attention_bias="all",
-  mlp="gelu",
-  is_parallel=True,
-  head_bias=True,
+  CONFIG, head_dim=10, **(small.PHI | {"rotary_fraction": 0.4})
 )
 LORA = decoder.LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 MOLE = mole.MoleConfig(num_experts=3, rank=2, alpha=4.0, dropout=0.0)
