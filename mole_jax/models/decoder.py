@@ -269,6 +269,7 @@ class DecoderLayer(nn.Module):
       x = x + attended
     return x + y, (routing, cache, kept)
 
+  @nn.nowrap  # A method of its own would be a place in every trace.
   def _mlp(
     self, x: Float[Array, "B T D"], shared: _Shared, init_scale: float
   ) -> tuple[Float[Array, "B T D"], LayerRouting | None]:
@@ -398,6 +399,7 @@ class Decoder(nn.Module):
     x, (routing, cache, inputs) = layers(x, cache, shared)
     return self.norm(x), routing, cache, inputs
 
+  @nn.nowrap
   def _run_kinds(self, x, cache, shared, is_training, keep_inputs):
     """The layers where some have whole FFNs as experts, see `pattern`."""
     c = self.config
@@ -467,6 +469,7 @@ class Decoder(nn.Module):
       results.append(outputs)
     return x, self._in_order(results)
 
+  @nn.nowrap
   def _in_order(self, results):
     """Layers' results, stacked in the order of the layers."""
     routed = experts_of_routed_layers(self.config, self.mole, self.moe)
