@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import rich.console
-from jaxtyping import Int
 from PIL import Image
 
 from mole_jax.data import records
-from mole_jax.inference import answering, inputs, pretrained
+from mole_jax.inference import answering, inputs, pretrained, routing_counts
 
 NUM_SAMPLES = 12
 
@@ -116,60 +115,12 @@ def evaluate(
   _write(directory / "predictions.jsonl", "\n".join(lines) + "\n")
   _write_json(
     directory / "routing.json",
-    {
-      "num_layers": len(model.routed_layers),
-      "layers": model.routed_layers,
-      # A model without adapters has one way, as plain LoRA has.
-      "num_experts": max(1, model.num_experts),
-      "counts": count_experts(model, questions, predictions),
-    },
+    routing_counts.count_routing(model, questions, predictions),
   )
   samples = write_samples(model, questions, predictions, directory)
   _write_json(directory / "samples.json", samples)
   _write_json(directory / "metrics.json", metrics)
   return metrics
-
-
-def count_experts(
-  model: pretrained.Model,
-  questions: Sequence[answering.Question],
-  predictions: Sequence[answering.Prediction],
-) -> dict[str, dict[str, list[list[int]]]]:
-  """Tokens that each expert served, prompts and answers.
-
-  Domain -> "image" or "text" -> [experts] for each layer whose tokens choose.
-  With k experts a token counts k times; in a dense mixture, once, for the
-  likeliest.
-  """
-  num_experts = max(1, model.num_experts)
-  shape = (len(model.routed_layers), num_experts)
-  counts = {
-    q.domain: {key: np.zeros(shape, np.int64) for key in ("image", "text")}
-    for q in questions
-  }
-  for q, p in zip(questions, predictions, strict=True):
-    ids = np.concatenate([p.prompt_ids, p.answer_ids])
-    is_image = ids == model.image_token_id
-    is_routed = p.experts[0, :, 0] >= 0
-    chosen = _distinct(p.experts, num_experts)
-    for key, members in (("image", is_image), ("text", ~is_image)):
-      counts[q.domain][key] += np.stack(
-        [
-          np.bincount(layer[layer >= 0], minlength=num_experts)
-          for layer in chosen[:, members & is_routed]
-        ]
-      )
-  return {
-    domain: {key: value.tolist() for key, value in entry.items()}
-    for domain, entry in counts.items()
-  }
-
-
-def _distinct(
-  chosen: Int[np.ndarray, "L T k"], num_experts: int
-) -> Int[np.ndarray, "L T k2"]:
-  """A dense mixture sends each token everywhere: keep its likeliest."""
-  return chosen[..., :1] if chosen.shape[-1] == num_experts else chosen
 
 
 def normalise(text: str) -> str:
@@ -241,6 +192,7 @@ def write_samples(
     texts = inputs.token_texts(model.tokenizer, ids)
     is_image = ids == model.image_token_id
     experts = p.experts[..., 0]
+    choices = routing_counts.distinct(p.experts, max(1, model.num_experts))
     is_shown = ~is_image & (experts[0] >= 0)
     image = image_experts = None
     if len(q.pixels):
@@ -256,7 +208,14 @@ def write_samples(
         "image": image,
         "patches": [side, side],
         "tokens": [
-          {"text": texts[i], "experts": experts[:, i].tolist()}
+          {
+            "text": texts[i],
+            "experts": experts[:, i].tolist(),
+            # By layer, the likeliest first; a layer may choose fewer.
+            "choices": [
+              [e for e in layer if e >= 0] for layer in choices[:, i].tolist()
+            ],
+          }
           for i in np.flatnonzero(is_shown)
         ],
         "image_experts": image_experts,

@@ -206,9 +206,12 @@ def test_predictions_are_what_generate_says_with_and_without_sight(evaluation):
 def test_routing_counts_every_token_once_a_layer(evaluation):
   model, _, folder, _ = evaluation
   routing = read(folder, "routing.json")
-  assert set(routing) == {"num_layers", "layers", "num_experts", "counts"}
-  assert routing["layers"] == [0, 1]
+  assert set(routing) == {
+    *("num_layers", "layers", "num_experts", "experts"),
+    *("counts", "pathways"),
+  }
   assert (routing["num_layers"], routing["num_experts"]) == (2, 3)
+  assert (routing["layers"], routing["experts"]) == ([0, 1], [3, 3])
   assert tuple(routing["counts"]) == DOMAINS
   for domain in DOMAINS:
     counts = routing["counts"][domain]
@@ -257,25 +260,11 @@ def test_samples_show_what_the_report_needs(evaluation):
     else:
       assert sample["image"] is None and sample["image_experts"] is None
     assert sample["patches"] == [2, 2]
-    assert all(len(token["experts"]) == 2 for token in sample["tokens"])
+    for token in sample["tokens"]:
+      assert len(token["experts"]) == 2
+      assert token["choices"] == [[expert] for expert in token["experts"]]
     text = "".join(token["text"] for token in sample["tokens"])
     assert sample["question"] in text and "ASSISTANT:" in text
-
-
-def test_a_dense_mixture_counts_the_likeliest_expert():
-  chosen = np.array([[[2, 0, 1], [1, 2, 0]]])
-  assert scoring._distinct(chosen, 3).tolist() == [[[2], [1]]]
-  assert scoring._distinct(chosen[..., :2], 3).shape == (1, 2, 2)
-
-
-def test_plain_lora_counts_all_tokens_for_expert_0(tmp_path):
-  model = tiny.make_model(tmp_path, num_experts=1)
-  ids = np.array([1, 3, 3, 9], np.int32), np.array([8], np.int32)
-  prediction = answering.Prediction("", "", *ids, np.zeros((2, 5, 1), np.int32))
-  counts = scoring.count_experts(
-    model, [make_question("a", "side", "left")], [prediction]
-  )
-  assert counts == {"a": {"image": [[2], [2]], "text": [[3], [3]]}}
 
 
 def test_fewer_questions_are_spread_evenly():

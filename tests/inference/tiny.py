@@ -30,6 +30,19 @@ def make_model(folder, num_experts=3, template="vicuna"):
   return pretrained.Model(config, "mole", 6, params, text)
 
 
+def make_moe_model(folder, num_experts=4, change=lambda params: params):
+  """Three layers, full-FFN experts in the first and last, top-2.
+
+  `change` gets the flat parameters and returns those to use.
+  """
+  config = small_run.make_config("moe_llava")
+  config["model"]["decoder"]["num_layers"] = 3
+  config["model"]["moe"]["num_experts"] = num_experts
+  params = make_params(state.model_config(config, "experts"))
+  text = small_run.make_tokenizer(folder)
+  return pretrained.Model(config, "experts", 6, change(params), text)
+
+
 def make_pixels(number):
   """uint8[8, 8, 3] of noise."""
   rng = np.random.default_rng(number)
