@@ -1,117 +1,28 @@
-"""Pictures of what experts do: over steps, by layer and domain, on patches."""
+"""Which tokens experts serve, by layer: pictures of routing.json."""
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
-import matplotlib.colors
 import matplotlib.figure
+import matplotlib.lines
 import matplotlib.patches
-import matplotlib.ticker
 import numpy as np
 
 from mole_jax.reporting import figures, palette
-from mole_jax.reporting import runs as runs_lib
-
-_MODALITIES = ("image", "text")
-
-
-def choose_layers(num_layers: int, most: int = 4) -> tuple[int, ...]:
-  """At most `most` layers, evenly spread, the first and last among them."""
-  places = np.linspace(0, num_layers - 1, min(most, num_layers))
-  return tuple(int(round(place)) for place in places)
-
-
-def routing_curves(run: runs_lib.Run) -> matplotlib.figure.Figure:
-  """Expert load (top, a panel a layer) and router entropy over steps.
-
-  Of the last stage that routed; four layers at most. ValueError where no
-  stage of the run has logged an expert load.
-  """
-  stages = [stage for stage in run.stages if stage.has("expert_load")]
-  if not stages:
-    raise ValueError(
-      f"run {run.directory} has logged no expert_load; a stage that trains "
-      "experts writes it."
-    )
-  stage = stages[-1]
-  load = stage.series("expert_load")
-  entropy = stage.series("router_entropy")
-  num_layers, num_experts = load.shape[1:]
-  layers = choose_layers(num_layers)
-
-  figure = figures.new_figure(9.5, 5.2)
-  top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-  axes = top.subplots(1, len(layers), sharey=True, squeeze=False)[0]
-  for ax, layer in zip(axes, layers, strict=True):
-    for expert in range(num_experts):
-      ax.plot(
-        stage.steps,
-        100 * load[:, layer, expert],
-        **_line(expert),
-        markevery=(expert, max(1, len(load) // 5)),
-        label=f"expert {expert}",
-      )
-    ax.axhline(100 / num_experts, color="0.4", linestyle=":", linewidth=1)
-    figures.tidy(ax, f"layer {layer}")
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
-  axes[0].set_ylim(bottom=-1)
-  axes[0].set_ylabel("share of tokens (%)", fontsize=9)
-  figures.add_legend(top, *axes[0].get_legend_handles_labels(), 9.5)
-
-  ax = bottom.subplots()
-  for number, layer in enumerate(layers):
-    if entropy.ndim == 2:
-      ax.plot(
-        stage.steps,
-        entropy[:, layer],
-        **_line(number, palette.LINE_COLOURS),
-        markevery=(number, max(1, len(load) // 8)),
-        label=f"layer {layer}",
-      )
-  if num_experts > 1:
-    ax.axhline(
-      np.log(num_experts),
-      color="0.4",
-      linestyle=":",
-      linewidth=1,
-      label=f"uniform over {num_experts} experts",
-    )
-  figures.tidy(ax, "Router entropy (nats)")
-  ax.set_ylim(bottom=0, top=max(0.1, 1.08 * np.log(num_experts)))
-  ax.set_xlabel(f"step of stage {stage.name}", fontsize=9)
-  ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-  figures.add_legend(bottom, *ax.get_legend_handles_labels(), 9.5)
-  return figure
-
-
-def expert_shares(
-  routing: dict[str, Any], domain: str, modality: str | None = None
-) -> np.ndarray:
-  """float[L, E]: share of a domain's tokens that each expert got.
-
-  `modality` is "image", "text" or None for both. NaN in a layer that saw no
-  token.
-  """
-  counts = routing["counts"][domain]
-  chosen = _MODALITIES if modality is None else (modality,)
-  total = sum(np.asarray(counts[name], float) for name in chosen)
-  size = total.sum(axis=-1, keepdims=True)
-  return np.divide(
-    total, size, out=np.full(total.shape, np.nan), where=size > 0
-  )
+from mole_jax.reporting import routing as routing_lib
 
 
 def expert_activation(
   routing: dict[str, Any], by_modality: bool = False
 ) -> matplotlib.figure.Figure:
-  """Share of tokens by layer, expert and domain: the paper's figure 6.
+  """Share of tokens by layer, expert and domain: LLaVA-MoLE's figure 6.
 
   A panel a domain (with `by_modality`, one for image and one for text
   tokens), a stacked bar a layer. Hatches repeat what colours say.
   """
   domains = tuple(routing["counts"])
   num_layers, num_experts = routing["num_layers"], routing["num_experts"]
-  kinds = _MODALITIES if by_modality else (None,)
+  kinds = routing_lib.MODALITIES if by_modality else (None,)
   # Thirty bars want the page's width; four do not.
   is_deep = num_layers > 12
   shape = (len(domains), len(kinds)) if is_deep else (len(kinds), len(domains))
@@ -123,94 +34,261 @@ def expert_activation(
     for column, kind in enumerate(kinds):
       ax = axes[row, column] if is_deep else axes[column, row]
       title = f"{domain}, {kind} tokens" if kind else domain
-      _stack(ax, expert_shares(routing, domain, kind), num_experts)
+      shares = routing_lib.expert_shares(routing, domain, kind)
+      _stack(ax, shares, num_experts)
       figures.tidy(ax, title)
   for ax in axes[:, 0]:
     ax.set_ylabel("share of tokens (%)", fontsize=9)
   for ax in axes[-1]:
-    ax.set_xlabel("layer", fontsize=9)
-    ax.set_xlim(-0.6, num_layers - 0.4)
-    ax.xaxis.set_major_locator(
-      matplotlib.ticker.MultipleLocator(4 if is_deep else 1)
-    )
+    figures.label_layers(ax, routing_lib.layers(routing), 16 if is_deep else 12)
     ax.set_ylim(0, 100)
-  handles = [_swatch(expert) for expert in range(num_experts)]
+  handles = [figures.swatch(expert) for expert in range(num_experts)]
   labels = [f"expert {expert}" for expert in range(num_experts)]
   figures.add_legend(figure, handles, labels, width)
   return figure
 
 
-def patch_maps(
-  image: np.ndarray,
-  image_experts: Sequence[Sequence[int]],
-  patches: tuple[int, int],
-  layers: Sequence[int],
-) -> matplotlib.figure.Figure:
-  """An image, then the same with each patch tinted by its expert.
+def expert_load(routing: dict[str, Any]) -> matplotlib.figure.Figure:
+  """Share of a layer's choices that each expert got; all domains together.
 
-  Args:
-    image: uint8[H, W, 3], as the model saw it.
-    image_experts: expert of each patch, row-major, for each layer.
-    patches: rows and columns of patches.
-    layers: the layers to draw.
-
-  Raises ValueError where the experts of a layer are not rows x columns.
+  A panel an expert, a bar a layer, a dashed line at an even load (Lin et al.
+  2024, the figure on expert loads).
   """
-  rows, columns = patches
-  height, width = image.shape[:2]
-  panels = len(layers) + 1
-  # Height follows the image so that no panel is left half empty.
-  side = 1.9
-  figure = figures.new_figure(side * panels, side * height / width + 0.75)
-  axes = figure.subplots(1, panels, squeeze=False)[0]
-  grey = image @ np.array([0.299, 0.587, 0.114])
-  axes[0].imshow(image, interpolation="nearest")
-  axes[0].set_title("image", fontsize=9)
-  seen: set[int] = set()
-  for ax, layer in zip(axes[1:], layers, strict=True):
-    chosen = np.asarray(image_experts[layer])
-    if chosen.size != rows * columns:
-      raise ValueError(
-        f"image_experts[{layer}] has {chosen.size} patches; patches="
-        f"{list(patches)} wants {rows * columns}."
+  figure, axes = _expert_panels(routing)
+  shares = 100 * np.nan_to_num(routing_lib.expert_shares(routing))
+  even = 100 / routing_lib.experts_by_layer(routing)
+  has_expert = routing_lib.has_expert(routing)
+  for expert, ax in enumerate(axes):
+    here = has_expert[:, expert]
+    _bars(ax, np.where(here, shares[:, expert], np.nan), expert)
+    _stairs(ax, np.where(here, even, np.nan))
+  axes[0].set_ylim(0, 1.05 * max(shares.max(), even.max()))
+  axes[0].set_ylabel("share of choices (%)", fontsize=9)
+  _legend(figure, routing, {"even load": _dashes()})
+  return figure
+
+
+def modality_share(routing: dict[str, Any]) -> matplotlib.figure.Figure:
+  """Of the tokens that an expert serves, how many are image, how many text.
+
+  A panel an expert, a bar a layer, a dashed line at the share of image tokens
+  among all (Lin et al. 2024, the figure on modalities).
+  """
+  figure, axes = _expert_panels(routing)
+  shares = 100 * routing_lib.image_shares(routing)
+  balanced = 100 * np.nan_to_num(routing_lib.balanced_image_shares(routing))
+  has_expert = routing_lib.has_expert(routing)
+  handles = {
+    f"{name} tokens": matplotlib.patches.Patch(
+      facecolor=colour, edgecolor="white", hatch=hatch, linewidth=0.5
+    )
+    for name, (colour, hatch) in palette.MODALITIES.items()
+  }
+  handles["image tokens among all"] = _dashes()
+  nothing = dict(marker="x", color="black", linestyle="", markersize=5)
+  for expert, ax in enumerate(axes):
+    image = shares[:, expert]
+    for name, heights, bottoms in (
+      ("image", image, np.zeros_like(image)),
+      ("text", 100 - image, image),
+    ):
+      colour, hatch = palette.MODALITIES[name]
+      ax.bar(
+        range(len(image)),
+        np.nan_to_num(heights),
+        0.86,
+        bottom=np.nan_to_num(bottoms),
+        color=colour,
+        edgecolor="white",
+        hatch=hatch,
+        linewidth=0,
       )
-    seen |= set(chosen.tolist())
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    _tint(ax, chosen.reshape(rows, columns), height, width)
-    ax.set_title(f"layer {layer}", fontsize=9)
-  for ax in axes:
-    ax.set_xticks([])
-    ax.set_yticks([])
-  experts = sorted(seen)
+    _stairs(ax, np.where(has_expert[:, expert], balanced, np.nan))
+    idle = np.flatnonzero(np.isnan(image) & has_expert[:, expert])
+    if idle.size:
+      ax.plot(idle, [5] * len(idle), **nothing)
+      handles["no token"] = matplotlib.lines.Line2D([], [], **nothing)
+  axes[0].set_ylim(0, 100)
+  axes[0].set_ylabel("share of its tokens (%)", fontsize=9)
+  _legend(figure, routing, handles)
+  return figure
+
+
+def pathways(
+  routing: dict[str, Any], most: int = 10
+) -> matplotlib.figure.Figure:
+  """The commonest pathways: a row each, its expert in each layer as a cell.
+
+  Bars say what share of the modality's tokens took it. Image tokens and text
+  tokens apart, one below the other where there are many layers. Lin et al.
+  2024 draw lines between experts, which hide each other; rows do not.
+  """
+  found = {
+    name: routing_lib.pathways(routing, name, most)
+    for name in routing_lib.MODALITIES
+  }
+  num_layers = routing["num_layers"]
+  cells = max(1.6, 0.27 * num_layers)
+  is_wide = 2 * (cells + 2.2) > 9.5
+  shape = (2, 1) if is_wide else (1, 2)
+  rows = max([len(p.shares) for p in found.values() if p] or [1])
+  width = max(cells + 2.9, 6.0) if is_wide else 2 * (cells + 2.4)
+  height = (0.24 * rows + 1.0) * shape[0] + 0.4
+  figure = figures.new_figure(width, height)
+  parts = figure.subfigures(*shape)
+  for part, (name, ways) in zip(parts, found.items(), strict=True):
+    left, right = part.subplots(
+      1, 2, sharey=True, width_ratios=(cells, 1.6), gridspec_kw={"wspace": 0.02}
+    )
+    numbers = routing_lib.layers(routing)
+    if ways is None:
+      left.set_title(f"{name}: no such tokens", fontsize=10, loc="left")
+      for ax in (left, right):
+        ax.set_axis_off()
+      continue
+    _cells(left, ways.chosen)
+    left.set_ylim(rows - 0.5, -0.5)  # Rows of one height in both.
+    figures.label_layers(left, numbers, max(4, int(cells / 0.27)))
+    _share_bars(right, 100 * ways.shares)
+    # Of the subfigure: it is wider than the cells of two layers.
+    part.suptitle(
+      f"{name} tokens: {100 * ways.shares.sum():.1f}% of {ways.num_tokens:,} "
+      f"in {len(ways.shares)} of {ways.num_distinct:,} pathways",
+      fontsize=10,
+    )
+  experts = sorted({int(e) for p in found.values() if p for e in p.chosen.flat})
+  # Cells have numbers in place of hatches.
+  swatch = lambda expert: matplotlib.patches.Patch(
+    color=palette.expert_colour(expert)
+  )
   figures.add_legend(
     figure,
-    [_swatch(expert) for expert in experts],
+    [swatch(expert) for expert in experts],
     [f"expert {expert}" for expert in experts],
-    side * panels,
+    width,
   )
   return figure
 
 
-def _line(number: int, colours: Sequence[str] = palette.EXPERT_COLOURS):
-  return dict(
-    color=colours[number % len(colours)],
-    linestyle=palette.LINE_STYLES[number % len(palette.LINE_STYLES)],
-    marker=palette.MARKERS[number % len(palette.MARKERS)],
-    markersize=4.5,
-    markeredgecolor="black",  # Yellow on white is seen by its marks.
-    markeredgewidth=0.6,
-    linewidth=1.5,
-  )
+def _cells(ax, chosen: np.ndarray) -> None:
+  """int[P, L] as a grid of coloured cells with the number in each."""
+  for row, layer in np.ndindex(chosen.shape):
+    expert = int(chosen[row, layer])
+    colour = palette.expert_colour(expert)
+    ax.add_patch(
+      matplotlib.patches.Rectangle(
+        (layer - 0.47, row - 0.42), 0.94, 0.84, facecolor=colour, linewidth=0
+      )
+    )
+    ax.text(
+      layer,
+      row,
+      str(expert),
+      ha="center",
+      va="center",
+      fontsize=7.5,
+      color=palette.ink_on(colour),
+    ).set_in_layout(False)
+  ax.set_yticks(range(len(chosen)), [str(i + 1) for i in range(len(chosen))])
+  ax.set_ylabel("pathway", fontsize=9)
+  ax.tick_params(labelsize=8, length=0)
+  ax.spines[:].set_visible(False)
 
 
-def _swatch(expert: int) -> matplotlib.patches.Patch:
+def _share_bars(ax, shares: np.ndarray) -> None:
+  """Horizontal bars with their numbers, percent."""
+  ax.barh(range(len(shares)), shares, 0.7, color="0.55")
+  for row, share in enumerate(shares):
+    ax.text(share, row, f" {share:.1f}%", va="center", fontsize=8)
+  # Room for the longest bar's number.
+  ax.set_xlim(0, 1.7 * shares.max())
+  ax.set_xticks([])
+  ax.tick_params(axis="y", length=0, labelleft=False)
+  ax.spines[:].set_visible(False)
+  ax.set_xlabel("share of tokens", fontsize=9)
+
+
+def _expert_panels(routing: dict[str, Any]):
+  """A figure with a panel an expert, layers on x; grey where it is not."""
+  num_experts = routing["num_experts"]
+  columns = num_experts
+  if num_experts > 4:
+    columns = min(4, math.ceil(num_experts / 2))
+  rows = math.ceil(num_experts / columns)
+  figure = figures.new_figure(9.5, 2.1 * rows + 0.9)
+  grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+  axes = grid.flat[:num_experts]
+  for ax in grid.flat[num_experts:]:
+    ax.set_axis_off()
+  numbers = routing_lib.layers(routing)
+  most = int(32 / columns)
+  for expert, ax in enumerate(axes):
+    figures.label_layers(ax, numbers, most)
+    figures.tidy(ax, f"expert {expert}")
+    # Panels in a column share an axis, whose labels the last of them carries.
+    is_last = expert + columns >= num_experts
+    ax.tick_params(labelbottom=is_last)
+    if not is_last:
+      ax.set_xlabel("")
+    for layer in np.flatnonzero(~routing_lib.has_expert(routing)[:, expert]):
+      ax.axvspan(layer - 0.5, layer + 0.5, color="0.9", linewidth=0)
+  return figure, axes
+
+
+def _bars(ax, heights: np.ndarray, expert: int) -> None:
+  """A bar a layer in the expert's colour; few have their number written in."""
   colour = palette.expert_colour(expert)
-  return matplotlib.patches.Patch(
-    facecolor=colour,
+  ax.bar(
+    range(len(heights)),
+    heights,
+    0.86,
+    color=colour,
     edgecolor=palette.ink_on(colour),
     hatch=palette.expert_hatch(expert),
-    linewidth=0.5,
+    linewidth=0.4,
   )
+  for layer, height in enumerate(heights if len(heights) <= 5 else ()):
+    if not np.isnan(height):
+      # At the foot, where the dashed line seldom is.
+      ax.annotate(
+        f"{height:.0f}%",
+        (layer, 0),
+        (0, 4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=7,
+        bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.9),
+      ).set_in_layout(False)
+
+
+def _stairs(ax, levels: np.ndarray) -> None:
+  """A dashed level over each layer, white below it: seen on every bar.
+
+  None where NaN.
+  """
+  edges = np.arange(len(levels) + 1) - 0.5
+  for colour, style, width in (("white", "-", 2.6), ("black", "--", 1.2)):
+    ax.stairs(
+      levels,
+      edges,
+      baseline=None,
+      color=colour,
+      linestyle=style,
+      linewidth=width,
+    )
+
+
+def _dashes() -> matplotlib.lines.Line2D:
+  return matplotlib.lines.Line2D(
+    [], [], color="black", linestyle="--", linewidth=1.2
+  )
+
+
+def _legend(figure, routing: dict[str, Any], handles: dict[str, Any]) -> None:
+  if not routing_lib.has_expert(routing).all():
+    handles["layer without this expert"] = matplotlib.patches.Patch(color="0.9")
+  figures.add_legend(figure, list(handles.values()), list(handles), 9.5)
 
 
 def _stack(ax, shares: np.ndarray, num_experts: int) -> None:
@@ -246,37 +324,3 @@ def _stack(ax, shares: np.ndarray, num_experts: int) -> None:
         fontsize=7,
         bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.9),
       ).set_in_layout(False)
-
-
-def _tint(ax, chosen: np.ndarray, height: int, width: int) -> None:
-  """Colours the patches of each expert; its number or hatch in each."""
-  rows, columns = chosen.shape
-  xs = np.linspace(0, width, columns + 1) - 0.5
-  ys = np.linspace(0, height, rows + 1) - 0.5
-  is_small = max(rows, columns) <= 12
-  for expert in np.unique(chosen).tolist():
-    colour = palette.expert_colour(expert)
-    ax.pcolor(
-      xs,
-      ys,
-      np.ma.masked_array(np.ones(chosen.shape), chosen != expert),
-      cmap=matplotlib.colors.ListedColormap([colour]),
-      alpha=0.55,
-      edgecolor="white" if is_small else palette.ink_on(colour),
-      linewidth=0.5 if is_small else 0,
-      hatch=None if is_small else palette.expert_hatch(expert),
-    )
-  if not is_small:
-    return
-  for row, column in np.ndindex(chosen.shape):
-    expert = int(chosen[row, column])
-    ax.text(
-      (xs[column] + xs[column + 1]) / 2,
-      (ys[row] + ys[row + 1]) / 2,
-      str(expert),
-      ha="center",
-      va="center",
-      fontsize=7,
-      fontweight="bold",
-      color=palette.ink_on(palette.expert_colour(expert)),
-    ).set_in_layout(False)

@@ -5,12 +5,14 @@ what experts do are in `expert_figures`.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.axes
 import matplotlib.backends.backend_agg
 import matplotlib.figure
 import matplotlib.lines
+import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
 
@@ -29,8 +31,13 @@ def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
   return figure
 
 
-def add_legend(figure, handles, labels, width: float) -> None:
-  """A legend below the panels, in as many columns as fit `width` inches."""
+def add_legend(
+  figure, handles, labels, width: float, note: str | None = None
+) -> None:
+  """A legend below the panels, in as many columns as fit `width` inches.
+
+  `note` is text above its entries.
+  """
   # About 0.07 inch a letter at 9 points, 0.6 for the key and the gap.
   sizes = [0.07 * len(label) + 0.6 for label in labels] or [1.0]
   columns = len(sizes)
@@ -44,7 +51,31 @@ def add_legend(figure, handles, labels, width: float) -> None:
     ncols=columns,
     frameon=False,
     fontsize=_FONT_POINTS,
+    title=note,
+    title_fontsize=_FONT_POINTS,
   )
+
+
+def swatch(expert: int) -> matplotlib.patches.Patch:
+  """An expert's colour and hatch, for a legend."""
+  colour = palette.expert_colour(expert)
+  return matplotlib.patches.Patch(
+    facecolor=colour,
+    edgecolor=palette.ink_on(colour),
+    hatch=palette.expert_hatch(expert),
+    linewidth=0.5,
+  )
+
+
+def label_layers(
+  ax: matplotlib.axes.Axes, numbers: Sequence[int], most: int
+) -> None:
+  """The x axis of 0, 1, ... as layers of these numbers; `most` labels."""
+  step = math.ceil(len(numbers) / most)
+  places = range(0, len(numbers), step)
+  ax.set_xticks(places, [str(numbers[place]) for place in places])
+  ax.set_xlim(-0.6, len(numbers) - 0.4)
+  ax.set_xlabel("layer", fontsize=_FONT_POINTS)
 
 
 def tidy(ax: matplotlib.axes.Axes, title: str = "") -> None:
@@ -57,8 +88,11 @@ def tidy(ax: matplotlib.axes.Axes, title: str = "") -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-  """Centred running mean over about a tenth of the points; NaN is skipped."""
-  half = max(1, len(values) // 20)
+  """Centred running mean over about a tenth of the points; NaN is skipped.
+
+  Fewer than 20 points stay as they are: two would become a flat line.
+  """
+  half = len(values) // 20
   known = ~np.isnan(values)
   kernel = np.ones(2 * half + 1)
   # "full" and a cut: "same" returns the kernel's length for short series.
@@ -81,7 +115,7 @@ def training_curves(runs: Sequence[runs_lib.Run]) -> matplotlib.figure.Figure:
   tidy(axes[1], "Next-token accuracy")
   for ax in axes:
     _finish_steps(ax, runs)
-  add_legend(figure, *_run_handles(runs), 9.0)
+  add_legend(figure, *_run_handles(runs), 9.0, _stage_note(runs, 9.0))
   return figure
 
 
@@ -102,7 +136,7 @@ def domain_curves(runs: Sequence[runs_lib.Run]) -> matplotlib.figure.Figure:
     _finish_steps(ax, runs)
   for ax in axes[0]:
     ax.set_xlabel("")
-  add_legend(figure, *_run_handles(runs), width)
+  add_legend(figure, *_run_handles(runs), width, _stage_note(runs, width))
   return figure
 
 
@@ -230,8 +264,12 @@ def _curves(ax, runs, key: str, part: str | None) -> None:
           linewidth=1.8,
           marker=marker,
           markersize=4,
-          # Several lines' marks must not fall on each other.
-          markevery=(number, max(1, len(steps) // 6)),
+          # Several lines' marks must not fall on each other; a short stage
+          # may be a single mark.
+          markevery=(
+            min(number, len(steps) - 1),
+            max(1, len(steps) // 6),
+          ),
         )
 
 
@@ -242,21 +280,39 @@ def _stage_starts(run: runs_lib.Run) -> list[int]:
 
 
 def _finish_steps(ax, runs: Sequence[runs_lib.Run]) -> None:
-  """Stage boundaries as vertical lines, stages named under the axis."""
+  """Stage boundaries as vertical lines."""
   bounds = {start for run in runs for start in _stage_starts(run)[1:]}
   for bound in sorted(bounds):
     ax.axvline(bound, color="0.35", linestyle=(0, (4, 3)), linewidth=1)
-  longest = max(runs, key=lambda run: len(run.stages))
-  starts = _stage_starts(longest)
-  names = [
-    f"{stage.name} from {start}" if start else stage.name
-    for stage, start in zip(longest.stages, starts, strict=True)
-  ]
-  lines = ["step"]
-  if len(names) > 1:
-    lines.append(", then ".join(names))
-  ax.set_xlabel("\n".join(lines), fontsize=_FONT_POINTS)
+  ax.set_xlim(left=0)
+  ax.set_xlabel("step", fontsize=_FONT_POINTS)
   ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+
+
+def _stage_note(runs: Sequence[runs_lib.Run], width: float) -> str | None:
+  """Where stages end, "base to 300, mole to 500", wrapped to `width` inches.
+
+  A line for each way to part steps into stages; None where none has two.
+  """
+  names: dict[str, dict[str, None]] = {}
+  for run in runs:
+    ends = np.cumsum([stage.steps.max(initial=0) for stage in run.stages])
+    parts = [
+      f"{stage.name} to {end:,}"
+      for stage, end in zip(run.stages, ends, strict=True)
+    ]
+    names.setdefault(", ".join(parts), {})[run.name] = None
+  if all(len(run.stages) < 2 for run in runs):
+    return None
+  lines = [
+    "stages: " + text
+    if len(names) == 1
+    else f"stages of {', '.join(of)}: {text}"
+    for text, of in names.items()
+  ]
+  # About 0.075 inch a letter at 9 points.
+  size = int(width / 0.075)
+  return "\n".join(textwrap.fill(line, size) for line in lines)
 
 
 def _set_loss_scale(*axes: matplotlib.axes.Axes) -> None:

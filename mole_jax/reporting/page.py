@@ -10,7 +10,15 @@ from typing import Any
 import matplotlib.figure
 import rich.console
 
-from mole_jax.reporting import expert_figures, figures, samples, tables
+from mole_jax.reporting import (
+  about,
+  expert_curves,
+  expert_figures,
+  figures,
+  samples,
+  tables,
+)
+from mole_jax.reporting import routing as routing_lib
 from mole_jax.reporting import runs as runs_lib
 
 # Greys that print; no colour of the page itself carries meaning.
@@ -125,7 +133,7 @@ def page_html(
     group.label for group in runs_lib.group_runs(runs)
   )
   sections = (
-    ("runs", "What was run", _about(runs)),
+    ("runs", "What was run", about.about_html(runs)),
     ("accuracy", "Accuracy on the test split", _accuracy(runs, picture)),
     ("curves", "Training curves", _curves(runs, picture)),
     ("experts", "What the experts do", _experts(runs, picture)),
@@ -167,43 +175,6 @@ class _Pictures:
     )
 
 
-def _about(runs: Sequence[runs_lib.Run]) -> str:
-  """Names, steps, seeds, whatever run.json counts, and differences."""
-  facts: dict[str, list[str]] = {"seed": [str(run.seed) for run in runs]}
-  facts["steps"] = [
-    ", ".join(
-      f"{stage.name} {stage.steps.max(initial=0):,}" for stage in run.stages
-    )
-    for run in runs
-  ]
-  facts["experts"] = [_show(run.num_experts) for run in runs]
-  infos = [_leaves(run.info) for run in runs]
-  for key in dict.fromkeys(key for info in infos for key in info):
-    if key not in ("name", "stages", "seed", "num_steps"):
-      facts[key] = [_show(info.get(key)) for info in infos]
-  facts["directory"] = [str(run.directory) for run in runs]
-  content = _settings_table(runs, facts)
-  missing = "".join(
-    f"<li>{html.escape(run.label)}: {html.escape(sentence)}</li>"
-    for run in runs
-    for sentence in run.missing
-  )
-  if missing:
-    content += (
-      f'<div class="missing"><b>Not there yet</b><ul>{missing}</ul></div>'
-    )
-  differing = {
-    key: [_show(value) for value in values]
-    for key, values in runs_lib.differing_settings(runs).items()
-    if key not in ("name", "seed")
-  }
-  if differing:
-    content += "<h3>Settings that differ, besides name and seed</h3>"
-    content += _settings_table(runs, differing)
-    content += _how("Every setting that is not listed is the same in all runs.")
-  return content
-
-
 def _accuracy(runs: Sequence[runs_lib.Run], picture) -> str:
   evaluated = [run for run in runs if run.evaluation]
   if not evaluated:
@@ -241,7 +212,7 @@ def _curves(runs: Sequence[runs_lib.Run], picture) -> str:
     figures.training_curves(runs),
     "Loss and next-token accuracy over steps",
     "How to read this: faint lines are what was logged, strong lines a "
-    "running mean. Stages stand end to end, parted by the dashed line; their "
+    "running mean. Stages stand end to end, parted by dashed lines; their "
     "data differ, so a jump there is no fault. These are training tokens; "
     "answers to unseen images are in the table above.",
   ) + picture(
@@ -274,32 +245,87 @@ def _experts(runs: Sequence[runs_lib.Run], picture) -> str:
     if any(stage.has("expert_load") for stage in run.stages):
       content += picture(
         f"experts_over_steps{suffix}",
-        expert_figures.routing_curves(run),
+        expert_curves.routing_curves(run),
         "Expert load and router entropy over steps",
-        "How to read this: above, the share of a layer's tokens that each "
+        "How to read this: above, the share of a layer's choices that each "
         "expert got; the dotted line is an even load. A line at 0 is an "
-        "expert that starves. Below, how undecided the router is: at the "
-        "dotted line it knows nothing, at 0 it is certain. At most four "
-        "layers are shown, spread over the depth.",
+        "expert that starves. Then, how undecided the router is: at the "
+        "dotted line it knows nothing, at 0 it is certain. Where experts have "
+        "a limited capacity, the share of choices that found no place, and "
+        "were dropped, is last. At most four layers are shown, spread over "
+        "the depth.",
       )
   return content
 
 
 def _expert_maps(run: runs_lib.Run, picture, suffix: str) -> str:
-  return picture(
-    f"expert_activation{suffix}",
-    expert_figures.expert_activation(run.routing),
-    "Share of tokens by layer, expert and domain",
-    "How to read this (the paper's figure 6): a bar is a layer, its parts "
-    "are the shares of that domain's test tokens that each expert got. Where "
-    "panels differ at a layer, its router tells the domains apart; where they "
-    "agree it does not. Numbers of experts mean nothing across layers.",
-  ) + picture(
-    f"expert_modality{suffix}",
-    expert_figures.expert_activation(run.routing, by_modality=True),
-    "Share of image and of text tokens by layer, expert and domain",
-    "How to read this: the same, image tokens apart from text tokens. A layer "
-    "may part the two modalities before it parts the domains.",
+  routing = run.routing
+  content = picture(
+    f"expert_load{suffix}",
+    expert_figures.expert_load(routing),
+    "Load of each expert by layer",
+    "How to read this: a bar is the share of a layer's choices that fell on "
+    "this expert, over all test tokens; at the dashed line the load is even. "
+    "A token that k experts serve counts k times, so a layer's bars add up to "
+    "100% over the experts. Numbers of experts mean nothing across layers. "
+    "Choices are counted before any is dropped for lack of capacity."
+    f"{_uneven_note(routing)}",
+  )
+  content += picture(
+    f"modality_share{suffix}",
+    expert_figures.modality_share(routing),
+    "Image and text tokens by expert and layer",
+    "How to read this: of the tokens that this expert serves in a layer, how "
+    "many are of images (dark) and how many are text (light). The dashed line "
+    "is the share of image tokens among all: where bars end there, the expert "
+    "takes tokens as they come; far from it, it prefers one modality. A cross "
+    "is an expert that served nothing.",
+  )
+  if "pathways" in routing:
+    content += picture(
+      f"pathways{suffix}",
+      expert_figures.pathways(routing),
+      "The commonest pathways of image tokens and of text tokens",
+      "How to read this: a row is a pathway, the expert that a token chose "
+      "first in each layer with experts; the bar is the share of all tokens of "
+      "that modality that took exactly this one. The title says how much the "
+      "rows cover: many pathways with small shares mean that the rows are "
+      "examples, not a summary. Second choices are not shown.",
+    )
+  else:
+    content += _absent(
+      "No pathways: this evaluation was written before they were counted; "
+      f"`python -m mole_jax.evaluate --ckpt {run.directory}` counts them."
+    )
+  return (
+    content
+    + picture(
+      f"expert_activation{suffix}",
+      expert_figures.expert_activation(routing),
+      "Share of tokens by layer, expert and domain",
+      "How to read this (LLaVA-MoLE's figure 6): a bar is a layer, its parts "
+      "are the shares of that domain's test tokens that each expert got. Where "
+      "panels differ at a layer, its router tells the domains apart; where "
+      "they agree it does not. As above, a token that k experts serve counts k "
+      "times.",
+    )
+    + picture(
+      f"expert_modality{suffix}",
+      expert_figures.expert_activation(routing, by_modality=True),
+      "Share of image and of text tokens by layer, expert and domain",
+      "How to read this: the same, image tokens apart from text tokens. A "
+      "layer may part the two modalities before it parts the domains.",
+    )
+  )
+
+
+def _uneven_note(routing: dict[str, Any]) -> str:
+  """Where layers have different numbers of experts, what that looks like."""
+  if routing_lib.has_expert(routing).all():
+    return ""
+  return (
+    " Layers have different numbers of experts: grey is a layer that has no "
+    "expert of this number, and the even load differs by layer."
   )
 
 
@@ -325,61 +351,16 @@ def _samples(runs: Sequence[runs_lib.Run], picture) -> str:
   return (
     _how(
       f"From {html.escape(run.label)}. How to read this: each token of "
-      "question and prediction carries the colour and the number of the "
-      "expert that a layer sent it to; choose the layer here. Below them, "
-      "the image's patches by expert for a few layers."
+      "question and prediction carries the number of the expert that a layer "
+      "sent it to, of several the likeliest first, and the colour of that one; "
+      "choose the layer here. Below them, the image's patches by their first "
+      "choice for a few layers."
     )
-    + (samples.layer_choice(num_layers) if num_layers else "")
+    + (
+      samples.layer_choice(run.layer_numbers(num_layers)) if num_layers else ""
+    )
     + "".join(articles)
   )
-
-
-def _settings_table(
-  runs: Sequence[runs_lib.Run], rows: dict[str, Sequence[str]]
-) -> str:
-  """A column for each name; where its runs differ, their values in turn."""
-  groups = runs_lib.group_runs(runs)
-  head = "".join(f'<th scope="col">{html.escape(g.label)}</th>' for g in groups)
-  body = ""
-  for key, values in rows.items():
-    by_name: dict[str, dict[str, None]] = {g.name: {} for g in groups}
-    for run, value in zip(runs, values, strict=True):
-      by_name[run.name][value] = None
-    cells = "".join(
-      f'<td class="setting">{html.escape("; ".join(distinct))}</td>'
-      for distinct in by_name.values()
-    )
-    body += f'<tr><th scope="row">{html.escape(key)}</th>{cells}</tr>'
-  return (
-    '<div class="scroll"><table class="facts"><thead><tr><th></th>'
-    f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
-  )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dicts by dotted key; the innermost dicts stay one value each."""
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    is_inner = isinstance(value, dict) and any(
-      isinstance(entry, dict) for entry in value.values()
-    )
-    if is_inner:
-      flat |= _leaves(value, f"{prefix}{key}.")
-    else:
-      flat[f"{prefix}{key}"] = value
-  return flat
-
-
-def _show(value: Any) -> str:
-  if value is None:
-    return "–"
-  if isinstance(value, int) and not isinstance(value, bool):
-    return f"{value:,}"
-  if isinstance(value, dict):  # Counts: "1,548 trainable".
-    return ", ".join(
-      f"{_show(entry)} {key}" for key, entry in value.items() if entry
-    )
-  return str(value)
 
 
 def _how(text: str) -> str:

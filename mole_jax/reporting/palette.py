@@ -14,6 +14,8 @@ EXPERT_COLOURS = (
 EXPERT_HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++", "oo", "||")
 # No yellow: a thin yellow line on white is not seen.
 LINE_COLOURS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY, _BLACK)
+# Colour and hatch; violet is no expert's, and one is dark, the other light.
+MODALITIES = {"image": ("#5B4B8A", ""), "text": ("#CFC6E8", "//")}
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 

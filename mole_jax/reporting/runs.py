@@ -82,6 +82,20 @@ class Run:
     source = self.routing or self.evaluation
     return source["num_experts"] if source else None
 
+  def layer_numbers(self, count: int) -> tuple[int, ...]:
+    """Numbers in the decoder of the layers of a list with `count` of them.
+
+    As the evaluation has them; 0, 1, ... before it, and in files that do not
+    name them, where every layer routed.
+    """
+    layers = (self.routing or {}).get("layers") or ()
+    return tuple(layers) if len(layers) == count else tuple(range(count))
+
+  def experts_of(self, count: int) -> tuple[int, ...] | None:
+    """Experts of each of `count` layers; None before an evaluation says so."""
+    experts = (self.routing or {}).get("experts") or ()
+    return tuple(experts) if len(experts) == count else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:

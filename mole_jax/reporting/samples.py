@@ -11,16 +11,16 @@ import matplotlib.figure
 import numpy as np
 import PIL.Image
 
-from mole_jax.reporting import expert_figures, palette
+from mole_jax.reporting import palette, patch_figures, routing
 from mole_jax.reporting import runs as runs_lib
 
 SCRIPT = """
 for (const radio of document.querySelectorAll('input[name=layer]'))
   radio.addEventListener('change', () => {
     for (const chip of document.querySelectorAll('.chip')) {
-      const expert = chip.dataset.experts.split(' ')[radio.value];
-      chip.className = 'chip x' + expert % 8;
-      chip.lastElementChild.textContent = expert;
+      const chosen = chip.dataset.experts.split(' ')[radio.value];
+      chip.className = 'chip x' + parseInt(chosen, 10) % 8;
+      chip.lastElementChild.textContent = chosen;
     }
   });
 """
@@ -34,14 +34,17 @@ def chip_css() -> str:
   )
 
 
-def layer_choice(num_layers: int) -> str:
-  """Radio buttons that recolour the chips; the middle layer is chosen."""
-  chosen = num_layers // 2
+def layer_choice(numbers: Sequence[int]) -> str:
+  """Radio buttons that recolour the chips; the middle layer is chosen.
+
+  `numbers` are those of the routed layers in the decoder.
+  """
+  chosen = len(numbers) // 2
   buttons = "".join(
-    f'<label><input type="radio" name="layer" value="{layer}" '
-    f'autocomplete="off"{" checked" if layer == chosen else ""}>'
-    f"{layer}</label>"
-    for layer in range(num_layers)
+    f'<label><input type="radio" name="layer" value="{place}" '
+    f'autocomplete="off"{" checked" if place == chosen else ""}>'
+    f"{number}</label>"
+    for place, number in enumerate(numbers)
   )
   return (
     '<fieldset class="layers"><legend>Colour tokens by the expert of '
@@ -99,9 +102,13 @@ def overlay_figure(
   if sample["image"] is None or not sample.get("image_experts"):
     return None
   image = read_image(run.directory / "evaluation" / sample["image"])
-  layers = expert_figures.choose_layers(len(sample["image_experts"]))
-  return expert_figures.patch_maps(
-    image, sample["image_experts"], tuple(sample["patches"]), layers
+  count = len(sample["image_experts"])
+  return patch_figures.patch_maps(
+    image,
+    sample["image_experts"],
+    tuple(sample["patches"]),
+    routing.choose_layers(count),
+    run.layer_numbers(count),
   )
 
 
@@ -140,14 +147,18 @@ def _matching(
 
 
 def _chips(tokens: Sequence[dict[str, Any]]) -> str:
+  """Each token with its choices in the middle layer, all layers' in data."""
   chips = []
   for token in tokens:
-    experts = [int(expert) for expert in token["experts"]]
-    expert = experts[len(experts) // 2]
+    # Older files have the first choice alone.
+    choices = token.get("choices") or [[expert] for expert in token["experts"]]
+    texts = [",".join(map(str, chosen)) for chosen in choices]
+    middle = len(texts) // 2
+    first = int(choices[middle][0])
     text = html.escape(str(token["text"]).replace("\n", "⏎")) or "∅"
     chips.append(
-      f'<span class="chip x{expert % len(palette.EXPERT_COLOURS)}" '
-      f'data-experts="{" ".join(map(str, experts))}">{text}'
-      f"<sub>{expert}</sub></span>"
+      f'<span class="chip x{first % len(palette.EXPERT_COLOURS)}" '
+      f'data-experts="{" ".join(texts)}">{text}'
+      f"<sub>{texts[middle]}</sub></span>"
     )
   return "<wbr>".join(chips)

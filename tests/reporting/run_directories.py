@@ -60,6 +60,77 @@ def write_run(
   return directory
 
 
+def write_moe_run(
+  directory: pathlib.Path,
+  experts: dict[int, int],
+  decoder_layers: int,
+  name: str = "moe_llava",
+  patches: tuple[int, int] = (6, 6),
+  num_samples: int = 3,
+) -> pathlib.Path:
+  """Writes a run with full-FFN experts, top-2, in four stages.
+
+  `experts` are the experts of each layer that has some.
+  """
+  rng = np.random.default_rng(len(experts))
+  num_layers, num_experts = len(experts), max(experts.values())
+  write_run(
+    directory,
+    name,
+    num_experts=num_experts,
+    num_layers=num_layers,
+    patches=patches,
+    num_samples=num_samples,
+  )
+  moe = {"layers": "sparse", "num_experts": num_experts, "top_k": 2}
+  moe |= {"capacity_factor": 1.5, "eval_capacity_factor": 2.0}
+  config = {"name": name, "seed": 0, "model": {"moe": moe}}
+  _dump(directory / "config.json", config)
+  stages = ["base", "projector", "tuning", "experts"]
+  _dump(directory / "run.json", {"name": name, "stages": stages, "seed": 0})
+  _write_stage(directory / "projector", rng, 20, 0, num_layers, 2.0)
+  _write_stage(directory / "tuning", rng, 150, 0, num_layers, 1.5)
+  (directory / "mole").rename(directory / "experts")
+  path = directory / "experts" / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  for row in rows:
+    row["dropped_share"] = rng.uniform(0, 0.1, num_layers).tolist()
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+  folder = directory / "evaluation"
+  metrics = json.loads((folder / "metrics.json").read_text())
+  _dump(folder / "metrics.json", metrics | {"num_layers": decoder_layers})
+  routing = json.loads((folder / "routing.json").read_text())
+  for entry in routing["counts"].values():
+    for counts in entry.values():
+      for row, number in zip(counts, experts.values(), strict=True):
+        row[number:] = [0] * (num_experts - number)
+  routing |= {"layers": list(experts), "experts": list(experts.values())}
+  routing["pathways"] = {
+    modality: _make_pathways(rng, list(experts.values()))
+    for modality in ("image", "text")
+  }
+  _dump(folder / "routing.json", routing)
+  samples = json.loads((folder / "samples.json").read_text())
+  for sample in samples:
+    for token in sample["tokens"]:
+      token["choices"] = [[e, (e + 1) % num_experts] for e in token["experts"]]
+  _dump(folder / "samples.json", samples)
+  return directory
+
+
+def _make_pathways(rng, experts):
+  counts = np.sort(rng.geometric(0.02, 30))[::-1]
+  return {
+    "num_tokens": int(3 * counts.sum()),
+    "num_distinct": 1234,
+    "commonest": [
+      [[int(rng.integers(number)) for number in experts], int(count)]
+      for count in counts
+    ],
+  }
+
+
 def _write_stage(directory, rng, num_steps, num_experts, num_layers, top):
   directory.mkdir()
   lines = []

@@ -4,8 +4,15 @@ import matplotlib.text
 import numpy as np
 import pytest
 
-from mole_jax.reporting import expert_figures, figures, runs
-from tests.reporting.run_directories import write_run
+from mole_jax.reporting import (
+  expert_curves,
+  expert_figures,
+  figures,
+  patch_figures,
+  runs,
+  samples,
+)
+from tests.reporting.run_directories import write_moe_run, write_run
 
 
 def drawn_ticks(axis):
@@ -66,13 +73,22 @@ def test_expert_pictures_are_readable(tmp_path, num_experts, num_layers):
   run = runs.read_run(directory)
   assert_readable(expert_figures.expert_activation(run.routing))
   assert_readable(expert_figures.expert_activation(run.routing, True))
-  assert_readable(expert_figures.routing_curves(run))
-  sample = run.samples[0]
-  layers = expert_figures.choose_layers(num_layers)
-  image = np.zeros((48, 48, 3), np.uint8)
-  assert_readable(
-    expert_figures.patch_maps(image, sample["image_experts"], patches, layers)
-  )
+  assert_readable(expert_figures.expert_load(run.routing))
+  assert_readable(expert_figures.modality_share(run.routing))
+  assert_readable(expert_curves.routing_curves(run))
+  assert_readable(samples.overlay_figure(run, 0))
+
+
+# The layers of the paper's Phi-2, and layers that differ.
+@pytest.mark.parametrize(
+  "experts", [dict.fromkeys(range(0, 32, 2), 4), {0: 4, 3: 2, 5: 8, 11: 6}]
+)
+def test_pictures_of_full_ffn_experts_are_readable(tmp_path, experts):
+  run = runs.read_run(write_moe_run(tmp_path / "run", experts, 32))
+  assert_readable(expert_figures.expert_load(run.routing))
+  assert_readable(expert_figures.modality_share(run.routing))
+  assert_readable(expert_figures.pathways(run.routing))
+  assert_readable(expert_curves.routing_curves(run))
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -106,19 +122,6 @@ def test_stages_stand_end_to_end_with_a_line_between(tmp_path):
   assert {10.0, 610.0, 600.0} == first_steps  # Curves, then the boundary.
 
 
-def test_expert_shares_are_counts_over_their_sum():
-  routing = {
-    "num_layers": 2,
-    "num_experts": 2,
-    "counts": {"d": {"image": [[3, 1], [0, 0]], "text": [[1, 3], [2, 6]]}},
-  }
-  np.testing.assert_allclose(
-    expert_figures.expert_shares(routing, "d"), [[0.5, 0.5], [0.25, 0.75]]
-  )
-  image = expert_figures.expert_shares(routing, "d", "image")
-  np.testing.assert_allclose(image, [[0.75, 0.25], [np.nan, np.nan]])
-
-
 def test_a_domain_without_image_tokens_says_so():
   routing = {
     "num_layers": 2,
@@ -133,12 +136,15 @@ def test_a_domain_without_image_tokens_says_so():
 def test_patches_that_do_not_fill_the_grid_are_refused():
   image = np.zeros((8, 8, 3), np.uint8)
   with pytest.raises(ValueError, match=r"has 3 patches.*wants 4"):
-    expert_figures.patch_maps(image, [[0, 1, 0]], (2, 2), (0,))
+    patch_figures.patch_maps(image, [[0, 1, 0]], (2, 2), (0,), (0,))
 
 
 def test_patch_maps_put_row_major_experts_in_their_place():
   image = np.zeros((8, 12, 3), np.uint8)
-  figure = expert_figures.patch_maps(image, [[0, 1, 2, 3, 4, 5]], (2, 3), (0,))
+  figure = patch_figures.patch_maps(
+    image, [[0, 1, 2, 3, 4, 5]], (2, 3), (0,), (6,)
+  )
+  assert figure.axes[1].get_title() == "layer 6"
   placed = {
     (text.get_position()[0], text.get_position()[1]): text.get_text()
     for text in figure.axes[1].texts
@@ -159,15 +165,115 @@ def test_smoothing_keeps_a_line_and_skips_gaps():
   assert len(figures.smooth(np.ones(1))) == 1
 
 
-def test_layers_are_spread_with_both_ends():
-  assert expert_figures.choose_layers(4) == (0, 1, 2, 3)
-  assert expert_figures.choose_layers(1) == (0,)
-  assert expert_figures.choose_layers(32) == (0, 10, 21, 31)
-
-
 def test_a_run_without_routing_in_its_log_is_refused(tmp_path):
   write_run(tmp_path / "run")
   (tmp_path / "run" / "mole" / "metrics.jsonl").unlink()
   run = runs.read_run(tmp_path / "run")
   with pytest.raises(ValueError, match="expert_load"):
-    expert_figures.routing_curves(run)
+    expert_curves.routing_curves(run)
+
+
+def known_routing():
+  """Images: expert 0 then 1. Text: 2 then 3, once 3 then 2. Layers 4 and 6."""
+  return {
+    "num_layers": 2,
+    "layers": [4, 6],
+    "num_experts": 4,
+    "experts": [4, 4],
+    "counts": {
+      "a": {
+        "image": [[8, 0, 0, 0], [0, 8, 0, 0]],
+        "text": [[0, 0, 5, 1], [0, 0, 1, 5]],
+      }
+    },
+    "pathways": {
+      "image": {"num_tokens": 8, "num_distinct": 1, "commonest": [[[0, 1], 8]]},
+      "text": {
+        "num_tokens": 6,
+        "num_distinct": 2,
+        "commonest": [[[2, 3], 5], [[3, 2], 1]],
+      },
+    },
+  }
+
+
+def layer_labels(ax):
+  return [label.get_text() for label in ax.get_xticklabels()]
+
+
+def test_loads_are_drawn_at_their_layers_with_an_even_load():
+  figure = expert_figures.expert_load(known_routing())
+  wanted = [[8, 0], [0, 8], [5, 1], [1, 5]]
+  for ax, counts in zip(figure.axes, wanted, strict=True):
+    drawn = [p for p in ax.patches if hasattr(p, "get_height")]
+    heights = [bar.get_height() for bar in drawn]
+    np.testing.assert_allclose(heights, 100 * np.array(counts) / 14)
+    levels = [p for p in ax.patches if not hasattr(p, "get_height")]
+    np.testing.assert_array_equal(levels[0].get_data().values, [25, 25])
+    assert layer_labels(ax) == ["4", "6"]
+
+
+def test_modalities_of_each_expert_are_drawn_and_idle_experts_marked():
+  figure = expert_figures.modality_share(known_routing())
+  first, second, third, _ = figure.axes
+  bars = lambda ax: [p for p in ax.patches if hasattr(p, "get_height")]
+  heights = lambda ax: [bar.get_height() for bar in bars(ax)]
+  assert heights(first) == [100, 0, 0, 0]  # Image by layer, text by layer.
+  assert heights(second) == [0, 100, 0, 0]
+  assert heights(third) == [0, 0, 100, 100]
+  crosses = lambda ax: [list(line.get_xdata()) for line in ax.lines]
+  assert (crosses(first), crosses(second), crosses(third)) == ([[1]], [[0]], [])
+
+
+def test_pathways_are_rows_with_their_share_and_the_total():
+  figure = expert_figures.pathways(known_routing())
+  image, image_shares, text, text_shares = figure.axes
+  cells = lambda ax: [t.get_text() for t in ax.texts]
+  assert cells(image) == ["0", "1"]
+  assert cells(text) == ["2", "3", "3", "2"]  # Row by row.
+  assert cells(image_shares) == [" 100.0%"]
+  assert cells(text_shares) == [" 83.3%", " 16.7%"]
+  assert layer_labels(text) == ["4", "6"]
+  titles = [part.get_suptitle() for part in figure.subfigs]
+  assert titles == [
+    "image tokens: 100.0% of 8 in 1 of 1 pathways",
+    "text tokens: 100.0% of 6 in 2 of 2 pathways",
+  ]
+
+
+def test_curves_name_layers_as_the_evaluation_does_and_show_what_is_dropped(
+  tmp_path,
+):
+  experts = {0: 4, 6: 2}
+  run = runs.read_run(write_moe_run(tmp_path / "run", experts, 8))
+  figure = expert_curves.routing_curves(run)
+  titles = [ax.get_title(loc="left") for ax in figure.axes]
+  assert titles == [
+    *("layer 0", "layer 6", "Router entropy (nats)"),
+    "Choices dropped for lack of capacity (%)",
+  ]
+  # A line each expert that the layer has, and the even load.
+  assert [len(ax.lines) for ax in figure.axes[:2]] == [5, 3]
+  assert set(figure.axes[1].lines[-1].get_ydata()) == {50.0}
+  most = figure.axes[3].lines[-1].get_ydata()
+  dropped = run.stages[-1].series("dropped_share")
+  np.testing.assert_allclose(most, 100 * dropped.max(axis=1))
+  young = write_moe_run(tmp_path / "young", experts, 8)
+  (young / "evaluation" / "routing.json").unlink()
+  figure = expert_curves.routing_curves(runs.read_run(young))
+  assert figure.axes[1].get_title(loc="left") == "layer 1"
+
+
+def test_four_stages_are_named_with_the_steps_at_which_they_end(tmp_path):
+  made = runs.read_runs(
+    [
+      write_moe_run(tmp_path / "moe", {0: 4, 2: 4}, 4),
+      write_run(tmp_path / "mole"),
+    ]
+  )
+  legend = figures.training_curves(made).legends[0]
+  assert legend.get_title().get_text().splitlines() == [
+    "stages of moe_llava: base to 600, projector to 620, tuning to 770, "
+    "experts to 1,070",
+    "stages of mole3: base to 600, mole to 900",
+  ]

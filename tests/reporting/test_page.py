@@ -12,7 +12,7 @@ import pytest
 import rich.console
 
 from mole_jax.reporting import page, runs
-from tests.reporting.run_directories import write_run
+from tests.reporting.run_directories import write_moe_run, write_run
 
 
 class Tags(html.parser.HTMLParser):
@@ -79,6 +79,7 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path):
   assert [file.stem for file in files] == sorted(
     [
       *("curves", "curves_by_domain", "accuracy"),
+      *("expert_load", "modality_share"),
       *("expert_activation", "expert_modality", "experts_over_steps"),
       *("patches_00", "patches_01"),
     ]
@@ -122,6 +123,7 @@ def test_every_picture_has_its_place(text):
   names = re.findall(r"\[([a-z_0-9]+)\]", text)
   assert names == [
     *("accuracy", "curves", "curves_by_domain"),
+    *("expert_load_mole3", "modality_share_mole3"),
     *("expert_activation_mole3", "expert_modality_mole3"),
     "experts_over_steps_mole3",
     *(f"patches_{number:02}" for number in range(11)),
@@ -196,3 +198,56 @@ def test_the_terminal_table_has_each_accuracy_and_its_baselines(tmp_path):
     for key in ("accuracy", "majority", "blank"):
       assert f"{100 * entry[key]:.1f}" in text
   assert f"{young / 'evaluation' / 'metrics.json'} is missing" in text
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+  """A run whose layers 0, 4 and 6 have experts, and its page."""
+  directory = tmp_path_factory.mktemp("moe") / "run"
+  made = runs.read_runs([write_moe_run(directory, {0: 4, 4: 2, 6: 4}, 8)])
+  captioned = lambda name, figure, alt, caption: f"[{name}] {caption}"
+  return made[0], page.page_html(made, captioned)
+
+
+def test_facts_tell_experts_choices_layers_and_capacity(moe):
+  _, text = moe
+  cell = '<tr><th scope="row">{}</th><td class="setting">{}</td></tr>'
+  for key, value in {
+    "experts": "4 in layer 0, 2 in layer 4, 4 in layer 6",
+    "kind of experts": "whole FFNs",
+    "experts a token": "top 2",
+    "layers with experts": "0, 4, 6 (3 of 8)",
+    "capacity": "1.5 × an even load in training, 2 × an even load in "
+    "evaluation",
+  }.items():
+    assert cell.format(key, value) in text
+
+
+def test_captions_tell_of_layers_with_fewer_experts(moe):
+  assert "grey is a layer that has no expert of this number" in moe[1]
+
+
+def test_chips_name_both_choices_and_buttons_the_layers_of_the_decoder(moe):
+  run, text = moe
+  found = Tags(text).found
+  chips = [a for _, a in found if a.get("class", "").startswith("chip ")]
+  token = run.samples[0]["tokens"][0]
+  pairs = [f"{a},{b}" for a, b in token["choices"]]
+  assert chips[0]["data-experts"] == " ".join(pairs)
+  assert chips[0]["class"] == f"chip x{token['experts'][1]}"
+  assert f"<sub>{pairs[1]}</sub>" in text
+  labels = re.findall(r"(?:checked)?>(\d+)</label>", text)
+  assert labels == ["0", "4", "6"]
+
+
+def test_a_run_with_full_ffn_experts_has_all_its_pictures(moe):
+  names = re.findall(r"\[([a-z_0-9]+)\]", moe[1])
+  assert names[:8] == [
+    *("accuracy", "curves", "curves_by_domain"),
+    *("expert_load", "modality_share", "pathways"),
+    *("expert_activation", "expert_modality"),
+  ]
+
+
+def test_an_evaluation_from_before_pathways_says_how_to_count_them(text):
+  assert "No pathways" in text and "mole_jax.evaluate --ckpt" in text
