@@ -137,15 +137,13 @@ def pathways(
   figure = figures.new_figure(width, height)
   parts = figure.subfigures(*shape)
   for part, (name, ways) in zip(parts, found.items(), strict=True):
+    if ways is None:
+      part.suptitle(f"{name}: no such tokens", fontsize=10)
+      continue
     left, right = part.subplots(
       1, 2, sharey=True, width_ratios=(cells, 1.6), gridspec_kw={"wspace": 0.02}
     )
     numbers = routing_lib.layers(routing)
-    if ways is None:
-      left.set_title(f"{name}: no such tokens", fontsize=10, loc="left")
-      for ax in (left, right):
-        ax.set_axis_off()
-      continue
     _cells(left, ways.chosen)
     left.set_ylim(rows - 0.5, -0.5)  # Rows of one height in both.
     figures.label_layers(left, numbers, max(4, int(cells / 0.27)))
@@ -219,7 +217,7 @@ def _expert_panels(routing: dict[str, Any]):
   grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
   axes = grid.flat[:num_experts]
   for ax in grid.flat[num_experts:]:
-    ax.set_axis_off()
+    ax.remove()
   numbers = routing_lib.layers(routing)
   most = int(32 / columns)
   for expert, ax in enumerate(axes):

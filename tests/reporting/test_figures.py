@@ -241,6 +241,15 @@ def test_pathways_are_rows_with_their_share_and_the_total():
   ]
 
 
+def test_pathways_of_a_modality_without_tokens_say_so():
+  routing = known_routing()
+  nothing = {"num_tokens": 0, "num_distinct": 0, "commonest": []}
+  routing["pathways"]["image"] = nothing
+  figure = expert_figures.pathways(routing)
+  assert_readable(figure)
+  assert figure.subfigs[0].get_suptitle() == "image: no such tokens"
+
+
 def test_curves_name_layers_as_the_evaluation_does_and_show_what_is_dropped(
   tmp_path,
 ):
