@@ -120,26 +120,25 @@ def pathways(
   """The commonest pathways: a row each, its expert in each layer as a cell.
 
   Bars say what share of the modality's tokens took it. Image tokens and text
-  tokens apart, one below the other where there are many layers. Lin et al.
-  2024 draw lines between experts, which hide each other; rows do not.
+  tokens apart, one below the other where there are many layers; a modality
+  without tokens is named below. Lin et al. 2024 draw lines between experts,
+  which hide each other; rows do not.
   """
   found = {
     name: routing_lib.pathways(routing, name, most)
     for name in routing_lib.MODALITIES
   }
-  num_layers = routing["num_layers"]
-  cells = max(1.6, 0.27 * num_layers)
+  absent = [f"no {name} tokens" for name, ways in found.items() if ways is None]
+  found = {name: ways for name, ways in found.items() if ways is not None}
+  cells = max(1.6, 0.27 * routing["num_layers"])
   is_wide = 2 * (cells + 2.2) > 9.5
-  shape = (2, 1) if is_wide else (1, 2)
-  rows = max([len(p.shares) for p in found.values() if p] or [1])
-  width = max(cells + 2.9, 6.0) if is_wide else 2 * (cells + 2.4)
+  shape = (len(found), 1) if is_wide else (1, len(found))
+  rows = max(len(ways.shares) for ways in found.values())
+  width = max(cells + 2.9, 6.0) if is_wide else (cells + 2.4) * shape[1]
   height = (0.24 * rows + 1.0) * shape[0] + 0.4
   figure = figures.new_figure(width, height)
-  parts = figure.subfigures(*shape)
+  parts = figure.subfigures(*shape, squeeze=False).flat
   for part, (name, ways) in zip(parts, found.items(), strict=True):
-    if ways is None:
-      part.suptitle(f"{name}: no such tokens", fontsize=10)
-      continue
     left, right = part.subplots(
       1, 2, sharey=True, width_ratios=(cells, 1.6), gridspec_kw={"wspace": 0.02}
     )
@@ -154,7 +153,7 @@ def pathways(
       f"in {len(ways.shares)} of {ways.num_distinct:,} pathways",
       fontsize=10,
     )
-  experts = sorted({int(e) for p in found.values() if p for e in p.chosen.flat})
+  experts = sorted({int(e) for p in found.values() for e in p.chosen.flat})
   # Cells have numbers in place of hatches.
   swatch = lambda expert: matplotlib.patches.Patch(
     color=palette.expert_colour(expert)
@@ -164,6 +163,7 @@ def pathways(
     [swatch(expert) for expert in experts],
     [f"expert {expert}" for expert in experts],
     width,
+    ", ".join(absent) or None,
   )
   return figure
 

@@ -241,13 +241,14 @@ def test_pathways_are_rows_with_their_share_and_the_total():
   ]
 
 
-def test_pathways_of_a_modality_without_tokens_say_so():
+def test_a_modality_without_tokens_is_left_out_of_pathways_and_named():
   routing = known_routing()
   nothing = {"num_tokens": 0, "num_distinct": 0, "commonest": []}
   routing["pathways"]["image"] = nothing
   figure = expert_figures.pathways(routing)
   assert_readable(figure)
-  assert figure.subfigs[0].get_suptitle() == "image: no such tokens"
+  assert len(figure.subfigs) == 1
+  assert figure.legends[0].get_title().get_text() == "no image tokens"
 
 
 def test_curves_name_layers_as_the_evaluation_does_and_show_what_is_dropped(
