@@ -63,6 +63,7 @@ def _to_hf(args: argparse.Namespace, console: rich.console.Console) -> int:
     max_shard_bytes=args.max_shard_size,
     dtype=args.dtype,
     without_base=args.without_base,
+    ignores_capacity=args.ignore_capacity,
     dry_run=args.dry_run,
   )
   console.print(report)
@@ -120,9 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     "--format",
     required=True,
     choices=to_hf.FORMATS,
-    help="merged: a stock LLaVA, plain LoRA added into its base; mole: "
-    "adapters as they are, with their own modeling file; experts: a PEFT "
-    "folder an expert, and the router",
+    help="merged: a stock LLaVA, plain LoRA added into its base; native-moe: "
+    "a stock LLaVA with Mixtral, for whole FFNs as experts; mole: adapters and "
+    "experts as they are, with their own modeling file; experts: a PEFT folder "
+    "an expert, and the router",
   )
   add_path(save, "--out", "where to write", required=True)
   save.add_argument(
@@ -132,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     "--without-base",
     action="store_true",
     help="of the format mole: adapters alone, with hashes of their base",
+  )
+  save.add_argument(
+    "--ignore-capacity",
+    action="store_true",
+    help="write experts that drop tokens at evaluation, though PyTorch drops "
+    "none",
   )
   save.add_argument(
     "--dry-run", action="store_true", help="say what would be written"

@@ -149,7 +149,12 @@ def _about(
       "seed": 0,
       "model": sources.full_model_section(text.model),
       "balance": source.balance or {"loss": "pooled", "weight": 0.0},
-      "stages": {"base": {"use_adapters": has_adapters}},
+      "stages": {
+        "base": {
+          "use_adapters": has_adapters,
+          "use_experts": "moe" in text.model,
+        }
+      },
       "data": {
         "tokenizer": "tokenizer.json",
         "template": text.template,

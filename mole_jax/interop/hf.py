@@ -9,6 +9,8 @@ from mole_jax.interop import (
   gguf_file,
   hf_config,
   llava_mole,
+  mixtral,
+  moe_llava,
   mole_folder,
   names,
   peft,
@@ -20,10 +22,10 @@ from mole_jax.interop.tensors import CheckpointError, Folder
 
 PICKLES = (".pt", ".pth", ".bin")
 KINDS = (
-  "llava, llava_mole, a decoder (llama, mistral, qwen, qwen2, stablelm, phi), "
-  "a tower (clip_vision_model, siglip_vision_model, dinov2), an original "
-  "LLaVA, a PEFT adapter, a folder of experts, a .gguf file or the released "
-  "LLaVA-MoLE .pt"
+  "llava, llava_mole, a decoder (llama, mistral, mixtral, qwen, qwen2, "
+  "stablelm, phi), a tower (clip_vision_model, siglip_vision_model, dinov2), "
+  "an original LLaVA, a MoE-LLaVA, a PEFT adapter, a folder of experts, a "
+  ".gguf file or the released LLaVA-MoLE .pt"
 )
 
 
@@ -63,6 +65,10 @@ class Opener:
     store = self._folder(path)
     if values.get("model_type") == mole_folder.MODEL_TYPE:
       return mole_folder.read_mole(path, values, store)
+    if moe_llava.is_moe_llava(values):
+      return moe_llava.read_checkpoint(
+        values, store, str(path / "config.json")
+      )
     if values.get("model_type") == qwen.MODEL_TYPE:
       return qwen.read_qwen(values, store, str(path / "config.json"))
     return read_model(path, values, store)
@@ -165,14 +171,19 @@ def read_model(
     }
     model_type = values["model_type"]
   found, layouts = names.canonical(infos)
+  balance = None
   if is_original(values):
     model = original_sections(values, where)
     kind = "original LLaVA"
   elif model_type == "llava":
-    model = hf_config.llava_sections(values, where)
+    text = values.get("text_config", {})
+    model = hf_config.llava_sections(values, where) | mixtral.sections(text)
+    balance = mixtral.balance(text)
     kind = f"LLaVA in the names of {' and '.join(sorted(layouts))}"
   elif model_type in hf_config.DECODERS:
-    model = {"decoder": hf_config.decoder_section(values, where)}
+    section = hf_config.decoder_section(values, where)
+    model = {"decoder": section} | mixtral.sections(values)
+    balance = mixtral.balance(values)
     kind = f"{model_type} decoder"
   elif model_type in hf_config.TOWERS:
     section = hf_config.vision_section(values, where)
@@ -187,4 +198,4 @@ def read_model(
     if size and model["vision"]["position_grid"]:
       # DINOv2 sees other sizes than it learned positions for.
       model["vision"]["image_size"] = size
-  return Source(kind, model, located(store, found))
+  return Source(kind, model, located(store, found), balance)

@@ -39,6 +39,11 @@ MISTRAL = LLAMA | {
   "sliding_window": 4096,
   "max_position_embeddings": 131072,
 }
+MIXTRAL = MISTRAL | {
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 1e6,
+  "sliding_window": None,
+}
 QWEN2 = _TEXT | {
   "hidden_size": 4096,
   "intermediate_size": 22016,
@@ -125,6 +130,7 @@ SELECT_STRATEGIES = {"clip": "default", "siglip": "full", "dinov2": "default"}
 DECODERS = {
   "llama": LLAMA,
   "mistral": MISTRAL,
+  "mixtral": MIXTRAL,
   "qwen2": QWEN2,
   "stablelm": STABLELM,
   "stablelm_epoch": STABLELM,
@@ -137,6 +143,7 @@ _SILU = {"hidden_act": ("silu",)}
 _WANTED = {
   "llama": _SILU | {"mlp_bias": (False,)},
   "mistral": _SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
+  "mixtral": _SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
   "qwen2": _SILU | {"use_sliding_window": (False,)},
   "stablelm": _SILU
   | {"use_parallel_residual": (False,), "qk_layernorm": (False,)},
@@ -171,7 +178,7 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
   defaults = DECODERS[kind]
   c = defaults | {k: v for k, v in values.items() if k in defaults}
   theta, scaling, fraction = _rope(c)
-  _check(c, _WANTED[kind], where)
+  check(c, _WANTED[kind], where)
   if scaling != "default":
     raise CheckpointError(
       f"{where}: rotary positions of type {scaling!r}; wanted 'default'."
@@ -199,13 +206,16 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     "mlp": "gelu" if kind == "phi" else "swiglu",
     "is_parallel": kind == "phi",
     "head_bias": kind == "phi",
-    "sliding_window": (kind == "mistral" and c["sliding_window"]) or 0,
+    "sliding_window": (
+      kind in ("mistral", "mixtral") and c["sliding_window"]
+    )
+    or 0,
     "max_position_embeddings": c["max_position_embeddings"],
     "tie_word_embeddings": c["tie_word_embeddings"],
   }
 
 
-def _check(
+def check(
   c: Mapping[str, Any], wanted: Mapping[str, Sequence[Any]], where: str
 ) -> None:
   """Raises CheckpointError for the first setting with another value."""
@@ -262,7 +272,7 @@ def vision_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     "qkv_bias": (True,),
     "use_swiglu_ffn": (False,),
   }
-  _check(c, wanted, where)
+  check(c, wanted, where)
   width, is_dinov2 = c["hidden_size"], family == "dinov2"
   if is_dinov2 and c["mlp_ratio"] != int(c["mlp_ratio"]):
     raise CheckpointError(

@@ -24,6 +24,17 @@ HEAD_BIAS = "language_model.lm_head.bias"
 # (layout, its prefix, ours), the longest prefix first.
 PREFIXES = (
   ("original LLaVA", "model.vision_tower.vision_tower.vision_model.", TOWER),
+  ("MoE-LLaVA", "model.image_tower.image_tower.vision_model.", TOWER),
+  (
+    "MoE-LLaVA",
+    "model.mm_projector.image_spatial_proj.0.",
+    f"{PROJECTOR}linear_1.",
+  ),
+  (
+    "MoE-LLaVA",
+    "model.mm_projector.image_spatial_proj.2.",
+    f"{PROJECTOR}linear_2.",
+  ),
   ("original LLaVA", "model.mm_projector.0.", f"{PROJECTOR}linear_1."),
   ("original LLaVA", "model.mm_projector.2.", f"{PROJECTOR}linear_2."),
   ("Transformers 5 in memory", "model.multi_modal_projector.", PROJECTOR),
@@ -88,11 +99,13 @@ class Name(NamedTuple):
   kind: "same"; "linear" ([.., in, out] here, [.., out, in] there); "patches"
     ([y x channel, out] here, a convolution's [out, channel, y, x] there);
     "batch1", "batch2" (one or two leading axes of size 1 there).
+  layers: those that have it; None is all.
   """
 
   path: str
   tensor: str
   kind: str
+  layers: tuple[int, ...] | None = None
 
 
 def _block(prefix, tensor, linears, norms) -> list[Name]:
@@ -280,7 +293,8 @@ def rows(family: str, is_phi: bool) -> tuple[Name, ...]:
 
 def is_adapter(row: Name) -> bool:
   """Whether a parameter is one that stock LLaVA does not have."""
-  return row.path in _ADAPTER_PATHS
+  # Experts that are whole FFNs have LoRA under paths of their own.
+  return row.path in _ADAPTER_PATHS or "/lora_" in row.path
 
 
 _ADAPTER_PATHS = frozenset(row.path for row in ADAPTERS)
@@ -363,10 +377,11 @@ def tensor_names(rows: Iterable[Name], counts: dict[str, int]) -> list[str]:
 
 
 def layer_names(row: Name, num_layers: int) -> list[str]:
-  """The tensors of one parameter: one, or one a layer."""
+  """The tensors of one parameter: one, or one a layer that has it."""
   if "{}" not in row.tensor:
     return [row.tensor]
-  return [row.tensor.format(layer) for layer in range(num_layers)]
+  layers = range(num_layers) if row.layers is None else row.layers
+  return [row.tensor.format(layer) for layer in layers]
 
 
 def check_coverage(

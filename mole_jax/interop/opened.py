@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,25 +10,34 @@ import numpy as np
 from mole_jax.interop import sources
 from mole_jax.interop.tensors import CheckpointError
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, files
+from mole_jax.training import checkpoint, files, state, upcycle
 
 
 class Parameters:
-  """Parameters by path, each read from disk when asked for."""
+  """Parameters by path, each read from disk when asked for.
+
+  made: those that are layers of one of the base's, or copies of these.
+  """
 
   def __init__(
     self,
     trainable: checkpoint.StepReader | None,
     base: base_lib.BaseReader | None,
+    made: Mapping[str, upcycle.Source],
   ) -> None:
     self._trainable = trainable
     self._shapes = trainable.shapes if trainable is not None else {}
     self._base = base
+    self._made = made
 
   def __contains__(self, path: str) -> bool:
     return path in self._shapes or (
-      self._base is not None and path in self._base.parameters
+      self._base is not None and self._stored(path) in self._base.parameters
     )
+
+  def _stored(self, path: str) -> str:
+    """What the base calls it, or what it is made of."""
+    return self._made[path].name if path in self._made else path
 
   @property
   def trained(self) -> frozenset[str]:
@@ -40,21 +50,33 @@ class Parameters:
       return tuple(self._shapes[path].shape)
     if path not in self:
       raise CheckpointError(f"the checkpoint holds no parameter {path!r}.")
-    return tuple(self._base.parameters[path]["shape"])
+    shape = tuple(self._base.parameters[self._stored(path)]["shape"])
+    if path not in self._made:
+      return shape
+    source = self._made[path]
+    copies = (source.copies,) if source.copies else ()
+    return (len(source.layers), *copies, *shape[1:])
 
   def dtype(self, path: str) -> np.dtype:
     """Without reading the parameter."""
     if path in self._shapes:
       return np.dtype(self._shapes[path].dtype)
     self.shape(path)  # Says so if it is not there.
-    return sources.DTYPES[self._base.parameters[path]["dtype"]]
+    entry = self._base.parameters[self._stored(path)]
+    return sources.DTYPES[entry["dtype"]]
 
   def __getitem__(self, path: str) -> np.ndarray:
     if path in self._shapes:
       return self._trainable.read(path)
-    if self._base is None or path not in self._base.parameters:
+    if path not in self:
       raise CheckpointError(f"the checkpoint holds no parameter {path!r}.")
-    return self._base.read(path)
+    array = self._base.read(self._stored(path))
+    if path not in self._made:
+      return array
+    array = array[list(self._made[path].layers)]
+    if self._made[path].copies:
+      return np.broadcast_to(array[:, None], self.shape(path))
+    return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +113,12 @@ def open_checkpoint(path: pathlib.Path) -> Opened:
     return _open_base(path)
   trained = checkpoint.read_trained(path)
   config = trained.config
-  model = config["model"]
-  if not config["stages"][trained.stage]["use_adapters"]:
-    model = _without_adapters(model)
   return Opened(
     what=f"{config['name']}, stage {trained.stage}, step {trained.step}",
-    model=model,
+    model=_of_stage(config["model"], config["stages"][trained.stage]),
     data=config["data"],
     balance=config["balance"],
-    params=Parameters(trained.trainable, trained.base),
+    params=Parameters(trained.trainable, trained.base, _made(trained)),
     config=config,
     folder=None if trained.base is None else trained.base.directory,
     about={} if trained.base is None else trained.base.about,
@@ -115,10 +134,12 @@ def _open_base(path: pathlib.Path) -> Opened:
     model = config["model"]
     tokenizer = str(path / config["data"]["tokenizer"])
     data = config["data"] | {"tokenizer": tokenizer}
-  elif (path.parent / "config.json").exists():  # RUN/base, trained there.
+  elif (path.parent / "config.json").exists():  # RUN/<stage>, trained there.
     config = files.read_json(path.parent / "config.json")
-    what, data = f"base of {config['name']}", config["data"]
-    model = _without_adapters(config["model"])
+    what, data = f"{path.name} of {config['name']}", config["data"]
+    settings = config["stages"].get(path.name, {})
+    # A stage that leaves a base has trained no adapters.
+    model = _of_stage(config["model"], settings | {"use_adapters": False})
   else:
     raise CheckpointError(
       f"{path} was trained by a run and does not describe itself; leave it in "
@@ -129,7 +150,7 @@ def _open_base(path: pathlib.Path) -> Opened:
     model=model,
     data=data,
     balance=config["balance"],
-    params=Parameters(None, base),
+    params=Parameters(None, base, {}),
     config=None,
     folder=path,
     about=about,
@@ -137,11 +158,30 @@ def _open_base(path: pathlib.Path) -> Opened:
   )
 
 
-def _without_adapters(model: dict[str, Any]) -> dict[str, Any]:
-  return model | {
-    "mole": model["mole"] | {"num_experts": 0},
-    "lora": model["lora"] | {"rank": 0},
-  }
+def _of_stage(
+  model: dict[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+  """`config.model` without what a stage does not have yet."""
+  if not settings["use_adapters"]:
+    model = model | {
+      "mole": model["mole"] | {"num_experts": 0},
+      "lora": model["lora"] | {"rank": 0},
+    }
+  if "moe" in model and not settings.get("use_experts", False):
+    model = model | {"moe": model["moe"] | {"layers": "none"}}
+  return model
+
+
+def _made(trained: checkpoint.TrainedModel) -> dict[str, upcycle.Source]:
+  """Frozen FFNs of a model with experts on a base without."""
+  config = state.model_config(trained.config, trained.stage)
+  base = trained.base
+  if not config.moe.is_on or base is None:
+    return {}
+  if not upcycle.is_dense(base.parameters):
+    return {}
+  made = upcycle.sources(config, trained.frozen)
+  return {path: source for path, source in made.items() if source is not None}
 
 
 def _figures(

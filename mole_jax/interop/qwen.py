@@ -44,38 +44,49 @@ def read_qwen(values: Mapping[str, Any], store: Store, where: str) -> Source:
   Raises CheckpointError for a setting that the decoder cannot follow, or
   tensors that Qwen does not have.
   """
-  section = _section(values, where)
+  section = decoder_section(values, where)
   tensors: dict[str, Located] = {}
   unknown = []
   for name in store.infos:
-    layer = _LAYER.fullmatch(name)
     if name.endswith(names.BUFFERS):
       continue
-    if name in _WHOLE:
-      tensors[_WHOLE[name]] = Located(((store, name),))
-    elif layer and layer[2] in _OF_A_LAYER:
-      meant = f"{names.LLM}layers.{layer[1]}.{_OF_A_LAYER[layer[2]]}"
-      tensors[meant] = Located(((store, name),))
-    elif layer and layer[2] in _FUSED:
-      kind = name.rsplit(".", 1)[-1]
-      for third, x in enumerate("qkv"):
-        meant = f"{names.LLM}layers.{layer[1]}.self_attn.{x}_proj.{kind}"
-        tensors[meant] = Located(((store, name),), third=third)
-    else:
+    found = canonical(name)
+    if not found:
       unknown.append(name)
+    for meant, third in found.items():
+      tensors[meant] = Located(((store, name),), third=third)
   if unknown:
     raise CheckpointError(
       f"{where} is of a Qwen of 2023, which has no such tensors:\n  "
       + "\n  ".join(unknown)
     )
-  notes = (
-    f"beyond {section['max_position_embeddings']:,} tokens Qwen would stretch "
-    "positions and queries; here it does not.",
-  )
+  notes = (note(section),)
   return Source("qwen decoder", {"decoder": section}, tensors, notes=notes)
 
 
-def _section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def canonical(name: str) -> dict[str, int | None]:
+  """Canonical names of a tensor -> which third of it; empty for none."""
+  if name in _WHOLE:
+    return {_WHOLE[name]: None}
+  layer = _LAYER.fullmatch(name)
+  if layer and layer[2] in _OF_A_LAYER:
+    return {f"{names.LLM}layers.{layer[1]}.{_OF_A_LAYER[layer[2]]}": None}
+  if layer and layer[2] in _FUSED:
+    kind = name.rsplit(".", 1)[-1]
+    stem = f"{names.LLM}layers.{layer[1]}.self_attn"
+    return {f"{stem}.{x}_proj.{kind}": i for i, x in enumerate("qkv")}
+  return {}
+
+
+def note(section: Mapping[str, Any]) -> str:
+  """What is not as in Qwen's own code; `section` is config.model.decoder."""
+  return (
+    f"beyond {section['max_position_embeddings']:,} tokens Qwen would stretch "
+    "positions and queries; here it does not."
+  )
+
+
+def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
   """config.model.decoder: that of the equivalent Qwen2."""
   for key, wanted in _WANTED.items():
     if values.get(key, wanted) != wanted:

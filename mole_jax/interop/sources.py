@@ -12,9 +12,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from mole_jax.interop import names
+from mole_jax.interop import moe_names, names
 from mole_jax.interop.tensors import CheckpointError, TensorInfo
-from mole_jax.models import decoder, llava
+from mole_jax.models import decoder, llava, moe
 from mole_jax.training import state
 
 DTYPES = {
@@ -80,8 +80,13 @@ class Located(NamedTuple):
 
 
 def located(store: Store, found: Mapping[str, str]) -> dict[str, Located]:
-  """Canonical name -> place, of names in one store."""
-  return {name: Located(((store, there),)) for name, there in found.items()}
+  """Canonical name -> place, of names in one store; experts are stacked."""
+  alone, experts = moe_names.gather(found)
+  places = {name: Located(((store, there),)) for name, there in alone.items()}
+  for name, parts in experts.items():
+    stored = tuple((store, there) for there in parts)
+    places[name] = Located(stored, is_stacked=True)
+  return places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +182,7 @@ def combine(
 
 def full_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
   """`config.model` of what is on disk, for `llava.make_config`."""
-  return {
+  section = {
     "vision": model["vision"],
     "decoder": model["decoder"],
     "lora": model.get("lora", NO_LORA),
@@ -185,6 +190,13 @@ def full_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
     "image_token_id": model.get("image_token_id", NO_IMAGE_TOKEN),
     "use_visual_tokens": model["use_visual_tokens"],
   }
+  return section | ({"moe": model["moe"]} if "moe" in model else {})
+
+
+def experts_by_layer(model: Mapping[str, Any]) -> tuple[int, ...]:
+  """Experts of each of the decoder's layers that are whole FFNs; 0: one FFN."""
+  config = moe.MoeConfig(**model.get("moe", {}))
+  return moe.experts_by_layer(config, model["decoder"]["num_layers"])
 
 
 def parameter_shapes(
@@ -199,6 +211,7 @@ def rows_of(model: Mapping[str, Any]) -> list[names.Name]:
   shapes = parameter_shapes(model)
   shape = decoder.DecoderConfig(**model["decoder"])
   rows = names.rows(model["vision"]["family"], shape.is_parallel)
+  rows = moe_names.rows(rows, experts_by_layer(model))
   return [row for row in rows if row.path in shapes]
 
 

@@ -14,6 +14,8 @@ from mole_jax.interop import (
   card,
   from_hf,
   hf_config,
+  mixtral,
+  moe_names,
   mole_folder,
   names,
   peft,
@@ -30,15 +32,20 @@ from mole_jax.interop.tensors import (
   new_directory,
 )
 
-FORMATS = ("merged", "mole", "experts")
+FORMATS = ("merged", "native-moe", "mole", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """One export: what is written, as which type, in which shards."""
+  """One export: what is written, as which type, in which shards.
+
+  model: `config.model` of what is written; `rows` and `read` are of it.
+  """
 
   opened: opened_lib.Opened
   format: str
+  model: Mapping[str, Any]
+  read: write_hf.Reader
   rows: list[names.Name]
   without_base: bool
   dtype: np.dtype | None  # None keeps each parameter's.
@@ -56,6 +63,7 @@ def convert(
   max_shard_bytes: int,
   dtype: str | None = None,
   without_base: bool = False,
+  ignores_capacity: bool = False,
   dry_run: bool = False,
 ) -> rich.table.Table:
   """Writes a checkpoint for PyTorch.
@@ -63,12 +71,15 @@ def convert(
   Args:
     ckpt: a base that `from-hf` wrote, or a run, a stage or a step of it.
     out: where to write; must not exist.
-    format: "merged", a stock LLaVA, plain LoRA added into its base; "mole",
-      adapters as they are, with their own modeling file; or "experts", one
-      PEFT folder an expert with the router beside them.
+    format: "merged", a stock LLaVA, plain LoRA added into its base;
+      "native-moe", a stock LLaVA with Mixtral, for experts that are whole
+      FFNs; "mole", adapters and experts as they are, with their own modeling
+      file; or "experts", one PEFT folder an expert with the router beside them.
     max_shard_bytes: size of a shard.
     dtype: of the tensors; None keeps the type of each parameter.
     without_base: of "mole", only what adapters add, and hashes of their base.
+    ignores_capacity: write experts that drop tokens at evaluation to a format
+      that drops none.
     dry_run: checks everything that headers tell, and writes nothing.
 
   Returns a table of what was done. Raises ValueError, having written nothing,
@@ -77,6 +88,7 @@ def convert(
   opened = opened_lib.open_checkpoint(ckpt)
   model = opened.model
   rows = sources.rows_of(model)
+  read: write_hf.Reader = opened.params.__getitem__
   if without_base and format != "mole":
     raise CheckpointError(
       "--without-base goes with --format mole; experts never hold their base."
@@ -84,8 +96,14 @@ def convert(
   if format == "merged":
     write_hf.check_stock(model)
     rows = [row for row in rows if not names.is_adapter(row)]
+    read = write_hf.merged_reader(opened.params, model)
+  elif format == "native-moe":
+    mixtral.check(model, ignores_capacity=ignores_capacity)
+    read = mixtral.reader(opened.params, model)
+    model = mixtral.as_dense(model)
+    rows = sources.rows_of(model)
   elif format == "mole":
-    write_hf.check_mole(model)
+    write_hf.check_mole(model, ignores_capacity=ignores_capacity)
   else:
     write_hf.check_experts(model)
   if without_base and not opened.has_adapters:
@@ -98,6 +116,11 @@ def convert(
         "the base of this run was trained with it, with visual_start and "
         "visual_end vectors: no stock LLaVA is that base, so adapters alone "
         "are worth nothing. Use --format mole with the base."
+      )
+    if any(sources.experts_by_layer(model)):
+      raise CheckpointError(
+        "the base of this run has whole FFNs as experts: no stock LLaVA is "
+        "that base. Use --format mole with the base."
       )
     if write_hf.has_head_bias(model):
       raise CheckpointError(
@@ -115,6 +138,8 @@ def convert(
   job = _Job(
     opened,
     format,
+    model,
+    read,
     rows,
     without_base,
     sources.DTYPES[dtype] if dtype else None,
@@ -122,7 +147,7 @@ def convert(
   )
   shapes = {
     row.path: jax.ShapeDtypeStruct(
-      opened.params.shape(row.path), job.dtype_of(row.path)
+      sources.parameter_shapes(model)[row.path].shape, job.dtype_of(row.path)
     )
     for row in rows
   }
@@ -145,8 +170,8 @@ def convert(
 
 
 def _write_model(job: _Job, out: pathlib.Path) -> None:
-  """The formats "merged" and "mole": one model, base and all."""
-  opened, model = job.opened, job.opened.model
+  """All formats but "experts": one model, base and all."""
+  opened, model = job.opened, job.model
   family = model["vision"]["family"]
   is_mole = job.format == "mole"
   of_base = _unused(job, family)
@@ -156,21 +181,26 @@ def _write_model(job: _Job, out: pathlib.Path) -> None:
   rename: Callable[[str], str] = (
     names.in_memory if is_mole else lambda name: names.on_disk(name, family)
   )
-  read = opened.params.__getitem__
-  if not is_mole:
-    read = write_hf.merged_reader(opened.params, model)
   # Adapters alone are one file: the modeling file asks for it by name.
   max_bytes = 2**62 if job.without_base else job.max_shard_bytes
   with ShardWriter(out, max_bytes) as writer:
-    for name, array in write_hf.tensors(model, job.rows, read, job.dtype_of):
-      writer.add(rename(name), array)
-      del array
+    for name, array in write_hf.tensors(
+      model, job.rows, job.read, job.dtype_of
+    ):
+      # Stock names: experts apart. Ours: stacked.
+      parts = [(name, array)] if is_mole else moe_names.as_mixtral(name, array)
+      for part, values in parts:
+        writer.add(rename(part), values)
+        del values
+      del array, parts
     for name, array in unused.items():
       writer.add(rename(name), array)
   dtype = str(job.dtype_of("decoder/embed_tokens"))
   if is_mole:
     values = mole_folder.mole_config(model, opened.balance, dtype)
     write_hf.write_modeling(out)
+  elif job.format == "native-moe":
+    values = mixtral.config(model, opened.balance["weight"], dtype)
   else:
     values = hf_config.llava_config(model, dtype)
   if family == "siglip":
@@ -287,4 +317,5 @@ def _check_written(
   """Raises CheckpointError unless the tensors are exactly those of `rows`."""
   wanted = names.tensor_names(rows, sources.num_layers(model))
   found, _ = names.canonical(folder.infos)
+  found = sources.located(folder, found)
   names.check_coverage(found, [*wanted, *unused], where)

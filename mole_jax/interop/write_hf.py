@@ -9,7 +9,7 @@ import numpy as np
 
 from mole_jax.interop import names, sources
 from mole_jax.interop.tensors import CheckpointError
-from mole_jax.models import decoder, lora
+from mole_jax.models import decoder, lora, moe
 
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
 
@@ -18,12 +18,22 @@ Reader = Callable[[str], "np.ndarray | MergedKernel"]
 
 def check_stock(model: Mapping[str, Any]) -> None:
   """Raises CheckpointError where stock LLaVA has no place for a model."""
+  if any(sources.experts_by_layer(model)):
+    raise CheckpointError(
+      f"{_experts_in_words(model)}, and this stock LLaVA's decoder has one: "
+      "use --format native-moe, a LLaVA with Mixtral, or mole."
+    )
   if model["mole"]["num_experts"] > 1:
     raise CheckpointError(
       f"a mixture of {model['mole']['num_experts']} experts cannot be merged: "
       "which expert serves depends on the token, and stock LLaVA has one "
       "matrix. Use --format mole."
     )
+  check_text_model(model)
+
+
+def check_text_model(model: Mapping[str, Any]) -> None:
+  """Raises CheckpointError where stock LLaVA lacks a part, adapters aside."""
   if model["image_token_id"] == sources.NO_IMAGE_TOKEN:
     raise CheckpointError(
       "stock LLaVA needs the id that stands for images, and the base, "
@@ -42,9 +52,49 @@ def check_stock(model: Mapping[str, Any]) -> None:
     )
 
 
-def check_mole(model: Mapping[str, Any]) -> None:
-  """Raises CheckpointError where stock LLaVA would do."""
+def check_capacity(
+  model: Mapping[str, Any], *, ignores_capacity: bool
+) -> None:
+  """Raises CheckpointError where evaluation drops tokens that PyTorch keeps.
+
+  `ignores_capacity`: that is known, and wanted.
+  """
+  if drops_tokens(model) and not ignores_capacity:
+    raise CheckpointError(
+      f"{_experts_in_words(model)}, and at evaluation "
+      f"(model.moe.eval_capacity_factor="
+      f"{model['moe']['eval_capacity_factor']}) tokens beyond their capacity "
+      "are dropped; in PyTorch none would be, and answers would be others. "
+      "--ignore-capacity writes it all the same."
+    )
+
+
+def drops_tokens(model: Mapping[str, Any]) -> bool:
+  """Whether experts that are whole FFNs may drop tokens at evaluation."""
+  number = max(sources.experts_by_layer(model))
+  if not number:
+    return False
+  c = moe.MoeConfig(**model["moe"])
+  return 0 < c.eval_capacity_factor < number / c.top_k
+
+
+def _experts_in_words(model: Mapping[str, Any]) -> str:
+  kinds = sources.experts_by_layer(model)
+  layers = ", ".join(str(i) for i, kind in enumerate(kinds) if kind)
+  numbers = sorted(set(kinds) - {0})
+  return f"layers {layers} have {' or '.join(map(str, numbers))} FFNs each"
+
+
+def check_mole(
+  model: Mapping[str, Any], *, ignores_capacity: bool = False
+) -> None:
+  """Raises CheckpointError where stock LLaVA would do, or tokens are dropped.
+
+  `ignores_capacity`: see `check_capacity`.
+  """
+  check_capacity(model, ignores_capacity=ignores_capacity)
   if not (
+    any(sources.experts_by_layer(model)) or
     model["mole"]["num_experts"]
     or model["lora"]["rank"]
     or model["use_visual_tokens"]
@@ -63,6 +113,11 @@ def has_head_bias(model: Mapping[str, Any]) -> bool:
 
 def check_experts(model: Mapping[str, Any]) -> None:
   """Raises CheckpointError where PEFT has no place for a model."""
+  if any(sources.experts_by_layer(model)):
+    raise CheckpointError(
+      f"{_experts_in_words(model)}, and PEFT's adapters of a LLaVA have no "
+      "place for them: use --format mole, or native-moe."
+    )
   if not (model["mole"]["num_experts"] or model["lora"]["rank"]):
     raise CheckpointError(
       "the checkpoint has neither experts nor LoRA: use --format merged."
@@ -107,7 +162,7 @@ class MergedKernel:
 def merged_reader(params: Any, model: Mapping[str, Any]) -> Reader:
   """Kernels with their LoRA added: W + (alpha / r) A B, in float32.
   `params` gives arrays by path and says with `in` which there are; `model` is
-  `config.model`, one expert at most.
+  `config.model`, a plain FFN has one LoRA expert at most.
   """
 
   def read(path: str) -> np.ndarray | MergedKernel:
@@ -115,11 +170,12 @@ def merged_reader(params: Any, model: Mapping[str, Any]) -> Reader:
     stem = path.removesuffix("/kernel")
     if f"{stem}/lora_a" not in params:
       return kernel
-    section = model["mole" if "/mlp/" in path else "lora"]
+    section = model["lora" if "/self_attn/" in path else "mole"]
     scale = lora.scaling(section["alpha"], section["rank"])
     a = np.asarray(params[f"{stem}/lora_a"], np.float32)
     b = np.asarray(params[f"{stem}/lora_b"], np.float32)
-    if a.ndim == 4:  # [layer, expert, in, rank], of a single expert.
+    # [layer, expert, in, rank]: a plain FFN has a single expert at most.
+    if a.ndim == 4 and kernel.ndim == 3:
       a, b = a[:, 0], b[:, 0]
     return MergedKernel(kernel, a, b, scale)
 

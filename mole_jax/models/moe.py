@@ -110,6 +110,8 @@ def experts_by_layer(config: MoeConfig, num_layers: int) -> tuple[int, ...]:
   Raises ValueError for layers that there are not, and where `num_experts` has
   another length than the layers with experts.
   """
+  if not config.is_on:  # Whatever numbers are given: a stage before experts.
+    return (0,) * num_layers
   layers = _layers(config.layers, num_layers)
   numbers = config.num_experts
   numbers = (numbers,) * len(layers) if isinstance(numbers, int) else numbers
