@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import rich.table
 
-from mole_jax.interop import hf, pickles, tables
+from mole_jax.interop import hf, opened, pickles, sources, tables
 from mole_jax.interop.tensors import CheckpointError
 from mole_jax.training import base as base_lib
 from mole_jax.training import checkpoint
@@ -40,7 +40,10 @@ def _base(path: pathlib.Path) -> rich.table.Table:
   table = tables.new_table(f"{path}: a base")
   table.add_row("source", reader.about.get("source", "trained here"))
   tables.add_counts(table, reader.parameters)
-  _add_model(table, reader.about.get("model", {}))
+  model = reader.about.get("model", {})
+  if not model and (path.absolute().parent / "config.json").exists():
+    model = opened.open_checkpoint(path.absolute()).model  # RUN/<stage>.
+  _add_model(table, model)
   table.add_row("sha256", reader.about["sha256"])
   return table
 
@@ -56,7 +59,7 @@ def _run(path: pathlib.Path) -> rich.table.Table:
   if trained.base is not None:
     table.add_row("base", str(trained.base.directory))
     table.add_row("base's sha256", trained.base.about["sha256"])
-  _add_model(table, config["model"])
+  _add_model(table, opened.open_checkpoint(path).model)
   return table
 
 
@@ -69,6 +72,8 @@ def _foreign(path: pathlib.Path, opener: hf.Opener) -> rich.table.Table:
   for name in infos:
     is_adapter = ".lora_" in name or "router." in name
     group = "adapters" if is_adapter else name.split(".")[0]
+    if ".mlp.experts." in name or name.endswith(".mlp.gate.weight"):
+      group = "experts and their routers"
     groups.setdefault(group, []).append(name)
   for group, members in groups.items():
     count = sum(int(np.prod(infos[n].shape, dtype=np.int64)) for n in members)
@@ -101,6 +106,14 @@ def _hashes(
 
 def _add_model(table: rich.table.Table, model: Mapping[str, Any]) -> None:
   """Rows with the settings that give the model its shape."""
+  kinds = sources.experts_by_layer(model) if "decoder" in model else ()
+  for number in sorted(set(kinds) - {0}):
+    layers = [str(i) for i, kind in enumerate(kinds) if kind == number]
+    table.add_row(
+      f"layers with {number} FFNs",
+      f"{', '.join(layers)} of {len(kinds)} layers, "
+      f"{model['moe']['top_k']} a token",
+    )
   for section, values in model.items():
     if isinstance(values, Mapping):
       text = ", ".join(f"{key} {value}" for key, value in values.items())

@@ -1,5 +1,6 @@
 """The model card of an exported checkpoint."""
 
+from mole_jax.interop import sources
 from mole_jax.interop.opened import Opened
 
 _STOCK = """```python
@@ -8,6 +9,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 model = LlavaForConditionalGeneration.from_pretrained("THIS_FOLDER")
 processor = AutoProcessor.from_pretrained("THIS_FOLDER")
 ```"""
+_MIXTRAL = (
+  _STOCK
+  + """
+
+Its decoder is Mixtral: whole FFNs as experts, {top_k} of {num_experts} for each
+token, none dropped.{copies}"""
+)
 _MOLE = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -57,6 +65,18 @@ def _use(opened: Opened, format: str, without_base: bool) -> str:
     if opened.model["mole"]["num_experts"] > 1:
       return _EXPERTS
     return "Plain LoRA, exact.\n\n" + _PEFT.format(folder="THIS_FOLDER")
+  if format == "native-moe":
+    kinds = sources.experts_by_layer(opened.model)
+    plain = [str(i) for i, kind in enumerate(kinds) if not kind]
+    copies = (
+      f" Layers {', '.join(plain)} were trained with one FFN: their experts "
+      "are exact copies of it, under a router of zeros."
+    )
+    return _MIXTRAL.format(
+      top_k=opened.model["moe"]["top_k"],
+      num_experts=max(kinds),
+      copies=copies if plain else "",
+    )
   return _MOLE if format == "mole" else _STOCK
 
 

@@ -66,9 +66,7 @@ class Opener:
     if values.get("model_type") == mole_folder.MODEL_TYPE:
       return mole_folder.read_mole(path, values, store)
     if moe_llava.is_moe_llava(values):
-      return moe_llava.read_checkpoint(
-        values, store, str(path / "config.json")
-      )
+      return moe_llava.read_checkpoint(values, store, str(path / "config.json"))
     if values.get("model_type") == qwen.MODEL_TYPE:
       return qwen.read_qwen(values, store, str(path / "config.json"))
     return read_model(path, values, store)

@@ -206,9 +206,7 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     "mlp": "gelu" if kind == "phi" else "swiglu",
     "is_parallel": kind == "phi",
     "head_bias": kind == "phi",
-    "sliding_window": (
-      kind in ("mistral", "mixtral") and c["sliding_window"]
-    )
+    "sliding_window": (kind in ("mistral", "mixtral") and c["sliding_window"])
     or 0,
     "max_position_embeddings": c["max_position_embeddings"],
     "tie_word_embeddings": c["tie_word_embeddings"],

@@ -138,14 +138,15 @@ def _router(name: str) -> str:
 
 
 def section(kinds: Sequence[int]) -> dict[str, Any]:
-  """layers and num_experts of config.model.moe, in a word where there is one."""
+  """layers (a word where one tells them) and num_experts of config.model.moe.
+
+  `kinds`: experts of each layer, 0 for a plain FFN.
+  """
   layers = [i for i, kind in enumerate(kinds) if kind]
   numbers = [kind for kind in kinds if kind]
   for word in moe.LAYERS:
-    config = moe.MoeConfig(layers=word)
-    if [bool(n) for n in moe.experts_by_layer(config, len(kinds))] == [
-      bool(kind) for kind in kinds
-    ]:
+    named = moe.experts_by_layer(moe.MoeConfig(layers=word), len(kinds))
+    if all(bool(a) == bool(b) for a, b in zip(named, kinds, strict=True)):
       layers = word
       break
   if len(set(numbers)) == 1:

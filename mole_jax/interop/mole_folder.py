@@ -12,10 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from mole_jax.interop import hf_config, names, peft
-from mole_jax.interop.sources import Located, Source, Store, located
+from mole_jax.interop import hf_config, moe_names, names, peft
+from mole_jax.interop.sources import (
+  Located,
+  Source,
+  Store,
+  experts_by_layer,
+  located,
+)
 from mole_jax.interop.tensors import CheckpointError, Folder
-from mole_jax.models import decoder
+from mole_jax.models import decoder, moe
 from mole_jax.training import blocks
 
 MODEL_TYPE = "llava_mole"
@@ -53,6 +59,20 @@ def settings(
     "use_visual_tokens": model["use_visual_tokens"],
     "balance": balance["loss"],
     "balance_weight": balance["weight"],
+    **_ffn_settings(model),
+  }
+
+
+def _ffn_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+  """What `LlavaMoleConfig` says of experts that are whole FFNs, if any."""
+  kinds = experts_by_layer(model)
+  if not any(kinds):
+    return {}
+  config = moe.MoeConfig(**model["moe"])
+  return {
+    "ffn_experts": list(kinds),
+    "ffn_top_k": config.top_k,
+    "ffn_capacity_factor": config.capacity_factor,
   }
 
 
@@ -86,6 +106,12 @@ def _sections(
       "use_visual_tokens": values["use_visual_tokens"],
     }
     balance = {"loss": values["balance"], "weight": values["balance_weight"]}
+    if values.get("ffn_experts"):
+      model["moe"] = moe_names.section(values["ffn_experts"]) | {
+        "top_k": values["ffn_top_k"],
+        "capacity_factor": values["ffn_capacity_factor"],
+        "eval_capacity_factor": 0.0,  # PyTorch's code drops nothing.
+      }
   except KeyError as error:
     raise CheckpointError(
       f"{where} lacks {error}, which a mixture written by `to-hf` has."

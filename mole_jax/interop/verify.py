@@ -23,6 +23,7 @@ import numpy as np
 from mole_jax.interop import (
   hf,
   hf_config,
+  mixtral,
   mole_folder,
   names,
   parity,
@@ -59,7 +60,8 @@ def verify(
 
   Args:
     ckpt: a run, a stage, a step or a base.
-    folder: the export: merged, mole (with or without base) or experts.
+    folder: the export: merged, native-moe, mole (with or without base) or
+      experts.
     base: stock LLaVA, where the export does not hold its base.
 
   Raises CheckpointError where there is nothing to compare, or PyTorch fails.
@@ -78,10 +80,26 @@ def verify(
   }
   rows, stored = _stored(opened.model, format, flat, needs_base)
   checks, tensors, is_rounded = _compare_tensors(opened, folder, rows, stored)
+  model = opened.model
+  if write_hf.drops_tokens(model):
+    model = model | {"moe": model["moe"] | {"eval_capacity_factor": 0.0}}
+    checks.append(
+      parity.Check(
+        "tokens are dropped at evaluation",
+        1,
+        None,
+        "by the checkpoint, not by PyTorch, nor below",
+      )
+    )
   about = {}
-  for pair in _pairs(opened.model, format, folder, flat):
+  for pair in _pairs(model, format, folder, flat):
     inputs = _inputs(pair.model)
     theirs, about = _run_theirs(pair.folder, inputs, base)
+    if format == "native-moe":  # Plain layers choose there, among copies.
+      kinds = sources.experts_by_layer(model)
+      layers = [i for i, kind in enumerate(kinds) if kind]
+      for key in ("chosen", "probs"):
+        theirs[key] = theirs[key][layers]
     ours = _run_ours(pair.model, pair.params, inputs)
     found = parity.compare_outputs(inputs, ours, theirs, about, is_rounded)
     checks += [
@@ -103,7 +121,8 @@ def _format(folder: pathlib.Path) -> str:
     return "experts"
   if (folder / peft.CONFIG_FILE).exists():
     return "adapter"
-  kind = hf_config.read_json(folder / "config.json").get("model_type")
+  values = hf_config.read_json(folder / "config.json")
+  kind = values.get("model_type")
   if kind == mole_folder.MODEL_TYPE:
     _check_code(folder)
     return "mole"
@@ -111,7 +130,9 @@ def _format(folder: pathlib.Path) -> str:
     raise CheckpointError(
       f"{folder} is of model_type {kind!r}; wanted what `to-hf` writes."
     )
-  return "merged"
+  text = values.get("text_config", {})
+  is_moe = text.get("model_type") == mixtral.MODEL_TYPE
+  return "native-moe" if is_moe else "merged"
 
 
 def _is_without_base(folder: pathlib.Path) -> bool:
@@ -151,6 +172,9 @@ def _stored(
   if format == "merged":
     rows = [row for row in rows if not names.is_adapter(row)]
     return rows, write_hf.merged_reader(flat, model)
+  if format == "native-moe":
+    dense = mixtral.as_dense(model)
+    return sources.rows_of(dense), mixtral.reader(flat, model)
   if needs_base:
     rows = [row for row in rows if write_hf.is_added(row)]
   return rows, flat.__getitem__
@@ -232,7 +256,7 @@ def _compare_tensors(
     "tensors unknown": sorted(there),
     "tensors of other values": different,
   }
-  if source.balance is not None:  # A mixture that says how it was trained.
+  if "mole" in source.model:  # A mixture that says how it was trained.
     ours = mole_folder.settings(model, opened.balance)
     theirs = mole_folder.settings(source.model, source.balance)
     problems["settings that differ"] = [k for k in ours if ours[k] != theirs[k]]

@@ -52,9 +52,7 @@ def check_text_model(model: Mapping[str, Any]) -> None:
     )
 
 
-def check_capacity(
-  model: Mapping[str, Any], *, ignores_capacity: bool
-) -> None:
+def check_capacity(model: Mapping[str, Any], *, ignores_capacity: bool) -> None:
   """Raises CheckpointError where evaluation drops tokens that PyTorch keeps.
 
   `ignores_capacity`: that is known, and wanted.
@@ -94,8 +92,8 @@ def check_mole(
   """
   check_capacity(model, ignores_capacity=ignores_capacity)
   if not (
-    any(sources.experts_by_layer(model)) or
-    model["mole"]["num_experts"]
+    any(sources.experts_by_layer(model))
+    or model["mole"]["num_experts"]
     or model["lora"]["rank"]
     or model["use_visual_tokens"]
     or has_head_bias(model)

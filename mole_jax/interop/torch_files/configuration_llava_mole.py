@@ -1,6 +1,8 @@
-"""Configuration of a LLaVA with a mixture of LoRA experts (LLaVA-MoLE).
+"""Configuration of a LLaVA with mixtures of experts.
 
-Chen et al. 2024, arXiv 2401.16160. Written beside the weights by mole_jax.
+LoRA experts (LLaVA-MoLE: Chen et al. 2024, arXiv 2401.16160) and whole FFNs as
+experts (MoE-LLaVA: Lin et al. 2024, arXiv 2401.15947). Written beside the
+weights by mole_jax.
 """
 
 from transformers import LlavaConfig
@@ -17,8 +19,13 @@ class LlavaMoleConfig(LlavaConfig):
   expert_rank, expert_alpha, expert_dropout: of the experts.
   lora_rank, lora_alpha, lora_dropout: of q, k, v, o; rank 0 is none.
   use_visual_tokens: learned vectors before and after an image's patches.
-  balance, balance_weight: "pooled" or "per_layer" loss added to the language
-    loss when labels are given.
+  ffn_experts: whole FFNs of each of the decoder's layers, 0 for one plain
+    FFN; None where no layer has several. LoRA experts are those of the plain
+    ones; with `num_experts` each of the others has a LoRA of its own.
+  ffn_top_k: whole FFNs that serve a token.
+  ffn_capacity_factor: of their training in mole_jax; nothing is dropped here.
+  balance, balance_weight: "pooled", "per_layer" or "moe_llava" loss added to
+    the language loss when labels are given.
   head_bias: whether the language-model head has a bias.
   base_name: what the base is called, where the folder does not hold it; ""
     where it does.
@@ -37,6 +44,9 @@ class LlavaMoleConfig(LlavaConfig):
   lora_alpha: float = 64.0
   lora_dropout: float = 0.05
   use_visual_tokens: bool = True
+  ffn_experts: list[int] | None = None
+  ffn_top_k: int = 2
+  ffn_capacity_factor: float = 0.0
   balance: str = "pooled"
   balance_weight: float = 1e-2
   head_bias: bool = False

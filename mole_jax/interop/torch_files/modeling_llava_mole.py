@@ -1,6 +1,8 @@
-"""LLaVA with a mixture of LoRA experts in the decoder's MLPs (LLaVA-MoLE).
+"""LLaVA with mixtures of experts in the decoder's MLPs.
 
-Chen et al. 2024, arXiv 2401.16160. Written beside the weights by mole_jax.
+LoRA experts (LLaVA-MoLE: Chen et al. 2024, arXiv 2401.16160) and whole FFNs as
+experts (MoE-LLaVA: Lin et al. 2024, arXiv 2401.15947). Written beside the
+weights by mole_jax.
 """
 
 import copy
@@ -137,6 +139,76 @@ class MoleMlp(nn.Module):
     return self.down_proj(functional.silu(gate) * up, weights)
 
 
+class FfnsLinear(nn.Module):
+  """W_e x + b_e + (alpha / r) B_e A_e x of one of several experts e."""
+
+  def __init__(self, base: nn.Linear, count: int, config: LlavaMoleConfig):
+    super().__init__()
+    zeros = lambda *shape: nn.Parameter(base.weight.new_zeros(count, *shape))
+    self.weight = zeros(base.out_features, base.in_features)
+    self.bias = None if base.bias is None else zeros(base.out_features)
+    self.lora_a = self.lora_b = None
+    if config.num_experts:
+      rank = config.expert_rank
+      self.lora_a = zeros(rank, base.in_features)
+      self.lora_b = zeros(base.out_features, rank)
+      self.scale = config.expert_alpha / rank
+
+  def forward(self, x, expert):
+    bias = None if self.bias is None else self.bias[expert]
+    y = functional.linear(x, self.weight[expert], bias)
+    if self.lora_a is None:
+      return y
+    z = functional.linear(x, self.lora_a[expert].to(x.dtype)) * self.scale
+    return y + functional.linear(z, self.lora_b[expert].to(x.dtype))
+
+
+class MoeMlp(nn.Module):
+  """Whole FFNs as experts: the likeliest k, weighed by their probabilities.
+
+  These are made to add up to 1, but for k = 1. No token is dropped. `probs`
+  [B, T, E] and `chosen` [B, T, k] of the latest call stay readable.
+  """
+
+  def __init__(self, base: nn.Module, count: int, config: LlavaMoleConfig):
+    super().__init__()
+    self.top_k = config.ffn_top_k
+    self.is_gated = hasattr(base, "gate_proj")
+    self.gate = nn.Linear(config.text_config.hidden_size, count, bias=False)
+    self.experts = nn.ModuleDict(
+      {
+        name: FfnsLinear(module, count, config)
+        for name, module in base.named_children()
+        if isinstance(module, nn.Linear)
+      }
+    )
+    self.probs = self.chosen = None
+
+  def _ffn(self, x, expert):
+    linear = lambda name, x: self.experts[name](x, expert)
+    if not self.is_gated:
+      return linear(
+        "fc2", functional.gelu(linear("fc1", x), approximate="tanh")
+      )
+    gate, up = linear("gate_proj", x), linear("up_proj", x)
+    return linear("down_proj", functional.silu(gate) * up)
+
+  def forward(self, x):
+    logits = functional.linear(x.float(), self.gate.weight.float())
+    self.probs = logits.softmax(-1)
+    weights, self.chosen = self.probs.topk(self.top_k, dim=-1)
+    if self.top_k > 1:
+      weights = weights / weights.sum(-1, keepdim=True)
+    rows, weights = x.flatten(0, -2), weights.flatten(0, -2).to(x.dtype)
+    chosen = self.chosen.flatten(0, -2)
+    y = torch.zeros_like(rows)
+    for expert in range(self.gate.out_features):
+      row, place = torch.where(chosen == expert)
+      part = self._ffn(rows[row], expert) * weights[row, place, None]
+      y = y.index_add(0, row, part)
+    return y.view_as(x)
+
+
 def tensor_sha256(tensor: torch.Tensor) -> str:
   """SHA-256 of a tensor's shape and values, as float32."""
   array = tensor.detach().float().contiguous().cpu().numpy()
@@ -146,7 +218,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
-  """LLaVA whose decoder carries LoRA and a mixture of LoRA experts."""
+  """LLaVA whose decoder carries LoRA and mixtures of experts."""
 
   config_class = LlavaMoleConfig
 
@@ -217,7 +289,8 @@ class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
       width = config.text_config.hidden_size
       decoder.router = nn.Linear(width, config.num_experts)
       shared = [decoder.router]
-    for layer in decoder.layers:
+    counts = config.ffn_experts or [0] * len(decoder.layers)
+    for layer, count in zip(decoder.layers, counts, strict=True):
       if config.lora_rank:
         # Phi calls its o_proj "dense".
         output = "o_proj" if hasattr(layer.self_attn, "o_proj") else "dense"
@@ -227,21 +300,47 @@ class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
             base, config.lora_rank, config.lora_alpha, config.lora_dropout
           )
           setattr(layer.self_attn, name, lora)
-      if config.num_experts:
+      if count:
+        layer.mlp = MoeMlp(layer.mlp, count, config)
+      elif config.num_experts:
         layer.mlp = MoleMlp(layer.mlp, config)
         layer.mlp.shared_router = shared
     self.post_init()
 
-  def routing(self):
-    """Experts of the latest call: chosen [layer, B, T, k], probs [..., E]."""
+  def _routers(self):
+    """The MLPs whose tokens choose among experts, in order."""
     mlps = [layer.mlp for layer in self.model.language_model.layers]
+    return [mlp for mlp in mlps if getattr(mlp, "chosen", None) is not None]
+
+  def routing(self):
+    """Experts of the latest call: chosen [layer, B, T, k], probs [..., E].
+
+    Of layers that have some; None where there are none. Choices that a layer
+    does not make are -1, and probabilities of experts that it has not are 0.
+    """
+    mlps = self._routers()
+    if not mlps:
+      return None
+    widen = lambda tensors, value: torch.stack(
+      [
+        functional.pad(
+          x, (0, max(t.shape[-1] for t in tensors) - x.shape[-1]), value=value
+        )
+        for x in tensors
+      ]
+    )
     return (
-      torch.stack([mlp.chosen for mlp in mlps]),
-      torch.stack([mlp.probs for mlp in mlps]),
+      widen([mlp.chosen for mlp in mlps], -1),
+      widen([mlp.probs for mlp in mlps], 0.0),
     )
 
   def balance_loss(self, attention_mask):
     """The balance loss of the latest call; padding is not counted."""
+    if self.config.balance == "moe_llava":
+      return sum(
+        self._switch_loss(mlp.chosen[..., 0], mlp.probs, attention_mask)
+        for mlp in self._routers()
+      )
     chosen, probs = self.routing()
     num_experts = probs.shape[-1]
     mask = attention_mask.to(probs.dtype)[None, ..., None]
@@ -255,6 +354,14 @@ class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
     count = attention_mask.sum()
     product = (probs.sum((1, 2)) / count) * (load.sum((1, 2)) / count)
     return num_experts * product.sum(-1).mean()
+
+  def _switch_loss(self, first, probs, attention_mask):
+    """K sum_j mean(p_j) mean([j is the first choice]), of one layer."""
+    mask = attention_mask.to(probs.dtype)[..., None]
+    load = functional.one_hot(first, probs.shape[-1]).to(probs.dtype)
+    count = attention_mask.sum()
+    mean = lambda x: (x * mask).sum((0, 1)) / count
+    return probs.shape[-1] * (mean(probs) * mean(load)).sum()
 
   def forward(
     self,
@@ -271,7 +378,7 @@ class LlavaMoleForConditionalGeneration(LlavaForConditionalGeneration):
       labels=labels,
       **kwargs,
     )
-    if labels is not None and self.config.num_experts > 1:
+    if labels is not None and self._routers():
       if attention_mask is None:
         attention_mask = torch.ones_like(labels)
       balance = self.balance_loss(attention_mask)

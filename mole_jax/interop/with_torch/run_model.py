@@ -69,16 +69,19 @@ def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   pixels = torch.from_numpy(inputs["pixel_values"])
   probe = torch.from_numpy(inputs["probe_ids"]).long()[None]
   results = {}
+  gates = _watched_gates(model)
   with torch.no_grad():
     features = model.get_image_features(pixels).pooler_output
     results["features"] = torch.stack(list(features)).numpy()
     results["logits"] = model(
       input_ids=ids, attention_mask=mask, pixel_values=pixels
     ).logits.numpy()
-    if hasattr(model, "routing") and model.config.num_experts > 1:
-      chosen, probs = model.routing()
-      results["chosen"] = chosen.numpy()
-      results["probs"] = probs.numpy()
+    if hasattr(model, "routing"):
+      routing = model.routing()
+    else:
+      routing = _routing(gates, ids.shape)
+    if routing is not None:
+      results["chosen"], results["probs"] = (x.numpy() for x in routing)
     states = model(
       input_ids=probe, pixel_values=pixels[:1], output_hidden_states=True
     ).hidden_states
@@ -94,6 +97,35 @@ def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     )
     results["greedy"] = made[0, probe.shape[1] :].numpy()
   return results
+
+
+def _watched_gates(model: Any) -> list[Any]:
+  """Mixtral's routers, each of which keeps its latest output as `seen`."""
+  gates = [
+    module
+    for module in model.modules()
+    if type(module).__name__ == "MixtralTopKRouter"
+  ]
+
+  def keep(gate, _, output):
+    gate.seen = output
+
+  for gate in gates:
+    gate.register_forward_hook(keep)
+  return gates
+
+
+def _routing(
+  gates: list[Any], rows: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+  """Experts of the latest call: chosen [layer, B, T, k], probs [..., E]."""
+  if not gates:
+    return None
+  logits, _, chosen = zip(*(gate.seen for gate in gates), strict=True)
+  return tuple(
+    torch.stack([x.reshape(*rows, -1) for x in of_layers])
+    for of_layers in (chosen, [x.float().softmax(-1) for x in logits])
+  )
 
 
 def main() -> int:
