@@ -132,7 +132,7 @@ def read_mole(
   found, _ = names.canonical(store.infos)
   file = path / BASE_TENSORS
   if not file.exists():
-    kind = "LLaVA with a mixture of LoRA experts"
+    kind = "LLaVA with experts, as mole_jax writes them"
     return Source(kind, model, located(store, found), balance)
   base = hf_config.read_json(file)
   kind = f"mixture without its base ({base['name']})"

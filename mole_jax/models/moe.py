@@ -50,8 +50,8 @@ class MoeConfig:
   block_rows: rows per block where nothing is dropped.
   """
 
-  layers: str | tuple[int, ...] = "none"
-  num_experts: int | tuple[int, ...] = 4
+  layers: str | tuple[int, ...] | list[int] = "none"
+  num_experts: int | tuple[int, ...] | list[int] = 4
   top_k: int = 2
   capacity_factor: float = 1.5
   eval_capacity_factor: float = 2.0

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, files, rundir, state
+from mole_jax.training import checkpoint, files, rundir, state, upcycle
 from tests.training import small_run
 
 VISUAL_TOKENS = "visual_(start|end)"
@@ -24,7 +24,7 @@ def write(folder, name, *, use_visual_tokens=True, **mole):
     stage["trainable"] = [p for p in stage["trainable"] if "visual" not in p]
   small_run.make_tokenizer(folder)
   config["data"]["tokenizer"] = str(folder / "tokenizer.json")
-  flat = _draw(config)
+  flat = _draw(_adapted_shapes(config))
   base = {path: flat[path] for path in base_lib.base_shapes(config)}
   written = base_lib.write_base(folder / "base", base)
   _write(folder, config, flat, written._replace(path="base"))
@@ -46,7 +46,7 @@ def write_on(base, folder, *, use_visual_tokens=False, trained=(), **mole):
   if use_visual_tokens:
     stage["trainable"].append(VISUAL_TOKENS)
   reader = base_lib.BaseReader(base)
-  flat = _draw(config)
+  flat = _draw(_adapted_shapes(config))
   trainable, _ = state.split(flat, stage["trainable"])
   flat |= {
     path: jax.numpy.asarray(reader.read(path))
@@ -57,21 +57,61 @@ def write_on(base, folder, *, use_visual_tokens=False, trained=(), **mole):
   return config, flat
 
 
-def _draw(config):
-  """Random parameters of a config's model with adapters, by path."""
-  shapes = state.parameter_shapes(state.model_config(config, "mole"))
-  keys = jax.random.split(jax.random.key(3), len(shapes))
+def write_moe(folder, *, trained=None, **model):
+  """A run of configs/moe_llava.py, at its last stage, on a dense base.
+
+  `model` changes sections of config.model, `trained` what the stage trains.
+  Returns the config and the parameters, frozen ones as the base has them.
+  """
+  folder.mkdir()
+  config = small_run.make_config("moe_llava")
+  for section, values in model.items():
+    config["model"][section] |= values
+  has_lora = config["model"]["lora"]["rank"]
+  stage = config["stages"]["experts"]
+  stage["use_adapters"] = bool(
+    has_lora or config["model"]["mole"]["num_experts"]
+  )
+  stage["trainable"] = trained or [*stage["trainable"], ".*/lora_[ab]"]
+  if not trained and not stage["use_adapters"]:
+    stage["trainable"].pop()
+  small_run.make_tokenizer(folder)
+  config["data"]["tokenizer"] = str(folder / "tokenizer.json")
+  shapes = base_lib.base_shapes(config)
+  base = _draw(shapes, seed=4)
+  reference = base_lib.write_base(folder / "tuning", base)
+  wanted = state.model_config(config, "experts")
+  flat = _draw(state.parameter_shapes(wanted))
+  trainable, frozen = state.split(flat, stage["trainable"])
+  made = upcycle.read(
+    base_lib.BaseReader(folder / "tuning"),
+    wanted,
+    {path: state.parameter_shapes(wanted)[path] for path in frozen},
+  )
+  reference = reference._replace(path="tuning")
+  _write(folder, config, trainable, reference, "experts")
+  return config, trainable | made
+
+
+def _draw(shapes, seed=3):
+  """Random parameters by path."""
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
   return {
     path: 0.3 * jax.random.normal(key, leaf.shape)
     for key, (path, leaf) in zip(keys, shapes.items(), strict=True)
   }
 
 
-def _write(folder, config, flat, reference):
+def _adapted_shapes(config):
+  """Shapes of a config's model with adapters, by path."""
+  return state.parameter_shapes(state.model_config(config, "mole"))
+
+
+def _write(folder, config, flat, reference, stage="mole"):
   files.write_json(folder / "config.json", config)
   files.write_json(folder / "run.json", {})
-  trainable, _ = state.split(flat, config["stages"]["mole"]["trainable"])
-  with checkpoint.StageCheckpoints(folder / "mole", 1) as checkpoints:
-    meta = {"stage": "mole", "base": reference._asdict(), "step": 6}
+  trainable, _ = state.split(flat, config["stages"][stage]["trainable"])
+  with checkpoint.StageCheckpoints(folder / stage, 1) as checkpoints:
+    meta = {"stage": stage, "base": reference._asdict(), "step": 6}
     train_state = state.TrainState(trainable, {"count": np.zeros(1)})
     checkpoints.save(6, train_state, meta)
