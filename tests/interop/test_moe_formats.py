@@ -35,7 +35,9 @@ NATIVE = {
 # What only our modeling file holds.
 OTHERS = {
   "two and three, top 1": dict(
-    moe=dict(layers="dense", num_experts=(2, 3), top_k=1)
+    moe=dict(
+      layers="dense", num_experts=(2, 3), top_k=1, eval_capacity_factor=3.0
+    )
   ),
   "Phi, LoRA mixtures beside": dict(
     decoder=small.PHI, lora=LORA, mole=dict(ADAPTERS, num_experts=3)
