@@ -298,6 +298,10 @@ def converted(path: str, about: dict) -> mlc.ConfigDict:
     c.model.lora.update(model["lora"])
   if model.get("mole", {}).get("num_experts"):
     c.model.mole.update(model["mole"])
+  if "moe" in model:  # Whole FFNs as experts: each gets a LoRA of its own.
+    c.model.moe = model["moe"]
+    c.balance = dict(loss="moe_llava", weight=1e-2)
+    c.stages.mole.use_experts = True
   c.model.remat = "named"
   c.data.tokenizer = f"{path}/tokenizer.json"
   for key in (

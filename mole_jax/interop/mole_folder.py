@@ -65,7 +65,8 @@ def settings(
 
 def _ffn_settings(model: Mapping[str, Any]) -> dict[str, Any]:
   """What `LlavaMoleConfig` says of experts that are whole FFNs, if any."""
-  kinds = experts_by_layer(model)
+  # A part of a model, such as adapters alone, does not have them.
+  kinds = experts_by_layer(model) if "moe" in model else ()
   if not any(kinds):
     return {}
   config = moe.MoeConfig(**model["moe"])

@@ -259,7 +259,9 @@ def _compare_tensors(
   if "mole" in source.model:  # A mixture that says how it was trained.
     ours = mole_folder.settings(model, opened.balance)
     theirs = mole_folder.settings(source.model, source.balance)
-    problems["settings that differ"] = [k for k in ours if ours[k] != theirs[k]]
+    problems["settings that differ"] = [
+      k for k in ours if ours[k] != theirs.get(k)
+    ]
   checks = [
     parity.Check(what, len(which), 0, ", ".join(which[:3]))
     for what, which in problems.items()

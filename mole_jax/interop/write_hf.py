@@ -62,18 +62,23 @@ def check_capacity(model: Mapping[str, Any], *, ignores_capacity: bool) -> None:
       f"{_experts_in_words(model)}, and at evaluation "
       f"(model.moe.eval_capacity_factor="
       f"{model['moe']['eval_capacity_factor']}) tokens beyond their capacity "
-      "are dropped; in PyTorch none would be, and answers would be others. "
-      "--ignore-capacity writes it all the same."
+      "are dropped; in PyTorch none would be, and answers would be others "
+      f"(from {_most_experts(model) / model['moe']['top_k']:g} on none is here "
+      "either). --ignore-capacity writes it all the same."
     )
 
 
 def drops_tokens(model: Mapping[str, Any]) -> bool:
   """Whether experts that are whole FFNs may drop tokens at evaluation."""
-  number = max(sources.experts_by_layer(model))
+  number = _most_experts(model)
   if not number:
     return False
   c = moe.MoeConfig(**model["moe"])
   return 0 < c.eval_capacity_factor < number / c.top_k
+
+
+def _most_experts(model: Mapping[str, Any]) -> int:
+  return max(sources.experts_by_layer(model))
 
 
 def _experts_in_words(model: Mapping[str, Any]) -> str:
