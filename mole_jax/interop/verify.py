@@ -256,7 +256,8 @@ def _compare_tensors(
     "tensors unknown": sorted(there),
     "tensors of other values": different,
   }
-  if "mole" in source.model:  # A mixture that says how it was trained.
+  # A mixture that says how it was trained; PEFT and Mixtral do not.
+  if source.balance is not None and "mole" in source.model:
     ours = mole_folder.settings(model, opened.balance)
     theirs = mole_folder.settings(source.model, source.balance)
     problems["settings that differ"] = [

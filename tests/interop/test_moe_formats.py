@@ -14,9 +14,10 @@ from mole_jax.interop import from_hf, tensors, to_hf
 from mole_jax.interop import verify as verify_lib
 from mole_jax.models import llava
 from mole_jax.training import base as base_lib
-from mole_jax.training import files, losses
+from mole_jax.training import files, losses, rundir, state
 from tests.interop import folders, in_process, random_run, torch_models
 from tests.models import small
+from tests.training import small_run
 
 LORA = dict(rank=2, alpha=3.0, dropout=0.0)
 ADAPTERS = dict(rank=2, alpha=4.0, dropout=0.0)
@@ -112,6 +113,9 @@ def test_mixtral_comes_in_bit_for_bit_from_either_writer(tmp_path):
   batch = make_batch(trained)
   torch_models.assert_close(loaded.logits(*batch), trained.logits(*batch))
   assert len(loaded.generate("What?", max_new_tokens=3)) == 1
+  config = small_run.read_config("mole3", str(tmp_path / "hf-base"))
+  model = state.model_config(rundir.plain(config), "mole")
+  assert model.moe.layers == "dense" and model.mole.num_experts == 3
 
 
 @pytest.mark.parametrize("case", OTHERS)
