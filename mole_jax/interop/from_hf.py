@@ -16,7 +16,7 @@ from mole_jax.data import layout, sentencepiece_file, templates, tokenizer
 from mole_jax.data.conversation import VICUNA_SYSTEM
 from mole_jax.interop import (
   hf,
-  hf_config,
+  hf_processor,
   mole_folder,
   sources,
   tables,
@@ -106,7 +106,7 @@ def convert(
     mole_folder.check_base(source)
     copied = _copy_companions(folders, partial)
     text = _prepare_text(source, folders[: 1 + (llm is not None)], partial)
-    settings = hf_config.image_settings(folders)
+    settings = hf_processor.image_settings(folders)
     about = _about(source, text, settings, plan.new, out.name)
     about["licences"] = _licences(folders)
     reference = base_lib.write_base(

@@ -8,6 +8,10 @@ from typing import Any
 from mole_jax.interop import (
   gguf_file,
   hf_config,
+  hf_decoder,
+  hf_json,
+  hf_processor,
+  hf_tower,
   llava_mole,
   mixtral,
   moe_llava,
@@ -61,7 +65,7 @@ class Opener:
       return mole_folder.read_experts(path)
     if (path / peft.CONFIG_FILE).exists():
       return self._adapter(path)
-    values = hf_config.read_json(path / "config.json")
+    values = hf_json.read_json(path / "config.json")
     store = self._folder(path)
     if values.get("model_type") == mole_folder.MODEL_TYPE:
       return mole_folder.read_mole(path, values, store)
@@ -75,7 +79,7 @@ class Opener:
     if path.suffix == ".gguf":
       file = gguf_file.GgufFile(path)
       found, _ = names.canonical(file.infos)
-      section = hf_config.decoder_section(file.config(), str(path))
+      section = hf_decoder.decoder_section(file.config(), str(path))
       return Source("GGUF decoder", {"decoder": section}, located(file, found))
     if path.suffix in PICKLES:
       return llava_mole.read_release(path, self._unpickled([path]))
@@ -98,7 +102,7 @@ class Opener:
     projector = path / peft.ORIGINAL_PROJECTOR
     model = {}
     if (path / "config.json").exists():
-      values = hf_config.read_json(path / "config.json")
+      values = hf_json.read_json(path / "config.json")
       if is_original(values):
         model = original_sections(values, str(path / "config.json"))
         if not projector.exists():
@@ -147,7 +151,7 @@ def original_sections(values: Mapping[str, Any], where: str) -> dict[str, Any]:
       "'mlp2x_gelu', that of LLaVA-1.5."
     )
   return {
-    "decoder": hf_config.decoder_section(text, where),
+    "decoder": hf_decoder.decoder_section(text, where),
     "use_visual_tokens": False,
     "feature_layer": values.get("mm_vision_select_layer", -2),
   }
@@ -178,21 +182,21 @@ def read_model(
     model = hf_config.llava_sections(values, where) | mixtral.sections(text)
     balance = mixtral.balance(text)
     kind = f"LLaVA in the names of {' and '.join(sorted(layouts))}"
-  elif model_type in hf_config.DECODERS:
-    section = hf_config.decoder_section(values, where)
+  elif model_type in hf_decoder.DECODERS:
+    section = hf_decoder.decoder_section(values, where)
     model = {"decoder": section} | mixtral.sections(values)
     balance = mixtral.balance(values)
     kind = f"{model_type} decoder"
-  elif model_type in hf_config.TOWERS:
-    section = hf_config.vision_section(values, where)
+  elif model_type in hf_tower.TOWERS:
+    section = hf_tower.vision_section(values, where)
     model = {"vision": section}
-    kind = f"{hf_config.TITLES[section['family']]} tower"
+    kind = f"{hf_tower.TITLES[section['family']]} tower"
   else:
     raise CheckpointError(
       f"{where}: model_type is {model_type!r}; wanted {KINDS}."
     )
   if "vision" in model:
-    size = hf_config.processor_size(path)
+    size = hf_processor.processor_size(path)
     if size and model["vision"]["position_grid"]:
       # DINOv2 sees other sizes than it learned positions for.
       model["vision"]["image_size"] = size

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mole_jax.interop import hf_config, sources, write_hf
+from mole_jax.interop import hf_config, hf_decoder, sources, write_hf
 from mole_jax.interop.tensors import CheckpointError
 from mole_jax.models import decoder, pattern
 
@@ -53,7 +53,7 @@ def check(model: Mapping[str, Any], *, ignores_capacity: bool) -> None:
       "mixture of LoRA experts."
     )
   write_hf.check_text_model(model)
-  text = hf_config.text_config(decoder.DecoderConfig(**model["decoder"]))
+  text = hf_decoder.text_config(decoder.DecoderConfig(**model["decoder"]))
   if text["model_type"] not in _DECODERS or text["attention_bias"]:
     raise CheckpointError(
       f"Mixtral is a Llama with experts, and this decoder is of the form of "

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mole_jax.interop import hf_config, moe_names, names, qwen
+from mole_jax.interop import hf_decoder, hf_json, moe_names, names, qwen
 from mole_jax.interop.sources import Located, Source, Store, located
 from mole_jax.interop.tensors import CheckpointError
 from mole_jax.models import moe
@@ -64,13 +64,13 @@ def read_checkpoint(
       f"{where}: model_type is {kind!r}; of MoE-LLaVA's are read: "
       f"{', '.join(f'moe_llava_{x}' for x in DECODERS)}."
     )
-  hf_config.check(values, _WANTED, where)
+  hf_json.check(values, _WANTED, where)
   is_qwen = DECODERS[name] == qwen.MODEL_TYPE
   text = {**values, "model_type": DECODERS[name]}
   section = (
     qwen.decoder_section(text, where)
     if is_qwen
-    else hf_config.decoder_section(text, where)
+    else hf_decoder.decoder_section(text, where)
   )
   model = {
     "decoder": section,

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from mole_jax.interop import hf_config, moe_names, names, peft
+from mole_jax.interop import (
+  hf_config,
+  hf_json,
+  hf_processor,
+  moe_names,
+  names,
+  peft,
+)
 from mole_jax.interop.sources import (
   Located,
   Source,
@@ -127,7 +134,7 @@ def read_mole(
   where = str(path / "config.json")
   model, balance = _sections(values, where)
   model = hf_config.llava_sections(values, where) | model
-  size = hf_config.processor_size(path)
+  size = hf_processor.processor_size(path)
   if size and model["vision"]["position_grid"]:
     model["vision"]["image_size"] = size
   found, _ = names.canonical(store.infos)
@@ -135,7 +142,7 @@ def read_mole(
   if not file.exists():
     kind = "LLaVA with experts, as mole_jax writes them"
     return Source(kind, model, located(store, found), balance)
-  base = hf_config.read_json(file)
+  base = hf_json.read_json(file)
   kind = f"mixture without its base ({base['name']})"
   return Source(
     kind,
@@ -149,7 +156,7 @@ def read_mole(
 def read_experts(path: pathlib.Path) -> Source:
   """An `experts` folder as a `Source`; its base is given in --llm."""
   where = path / MIXTURE_FILE
-  values = hf_config.read_json(where)
+  values = hf_json.read_json(where)
   model, balance = _sections(values, str(where))
   if "image_token_index" in values:
     model["image_token_id"] = values["image_token_index"]

@@ -176,9 +176,7 @@ def _made(trained: checkpoint.TrainedModel) -> dict[str, upcycle.Source]:
   """Frozen FFNs of a model with experts on a base without."""
   config = state.model_config(trained.config, trained.stage)
   base = trained.base
-  if not config.moe.is_on or base is None:
-    return {}
-  if not upcycle.is_dense(base.parameters):
+  if base is None or not upcycle.is_needed(config, base):
     return {}
   made = upcycle.sources(config, trained.frozen)
   return {path: source for path, source in made.items() if source is not None}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mole_jax.interop import hf_config, names
+from mole_jax.interop import hf_json, names
 from mole_jax.interop.sources import (
   NO_LORA,
   NO_MIXTURE,
@@ -80,7 +80,7 @@ def read_adapter(
   (one rank and factor) and gate, up, down or fc1, fc2 (one rank and factor).
   """
   where = path / CONFIG_FILE
-  values = hf_config.read_json(where)
+  values = hf_json.read_json(where)
   _check_plain(where, values)
   places: dict[str, tuple[Store, str]] = {}
   unknown = []

@@ -9,10 +9,10 @@ import tokenizers
 
 from mole_jax.data import tokenizer as tokenizer_lib
 from mole_jax.data.conversation import IMAGE_MARKER
-from mole_jax.interop import from_hf, hf_config, vicuna_jinja
+from mole_jax.interop import from_hf, hf_processor, hf_tower, vicuna_jinja
 from mole_jax.interop.opened import Opened
 
-RESAMPLE = {name: number for number, name in hf_config.RESAMPLE.items()}
+RESAMPLE = {name: number for number, name in hf_processor.RESAMPLE.items()}
 
 
 def write(opened: Opened, out: pathlib.Path) -> None:
@@ -94,7 +94,7 @@ def _image_processor(opened: Opened) -> dict[str, Any]:
 
 def _processor(opened: Opened) -> dict[str, Any]:
   vision = opened.model["vision"]
-  strategy = hf_config.SELECT_STRATEGIES[vision["family"]]
+  strategy = hf_tower.SELECT_STRATEGIES[vision["family"]]
   # With "default" the processor takes one away, for the class token.
   more = int(strategy == "default") + 2 * opened.model["use_visual_tokens"]
   return {

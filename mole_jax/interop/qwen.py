@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mole_jax.interop import hf_config, names
+from mole_jax.interop import hf_decoder, names
 from mole_jax.interop.sources import Located, Source, Store
 from mole_jax.interop.tensors import CheckpointError
 
@@ -119,4 +119,4 @@ def decoder_section(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise CheckpointError(
       f"{where} lacks {error}, which a Qwen of 2023 has."
     ) from None
-  return hf_config.decoder_section(equivalent, where)
+  return hf_decoder.decoder_section(equivalent, where)

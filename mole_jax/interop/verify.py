@@ -22,7 +22,7 @@ import numpy as np
 
 from mole_jax.interop import (
   hf,
-  hf_config,
+  hf_json,
   mixtral,
   mole_folder,
   names,
@@ -121,7 +121,7 @@ def _format(folder: pathlib.Path) -> str:
     return "experts"
   if (folder / peft.CONFIG_FILE).exists():
     return "adapter"
-  values = hf_config.read_json(folder / "config.json")
+  values = hf_json.read_json(folder / "config.json")
   kind = values.get("model_type")
   if kind == mole_folder.MODEL_TYPE:
     _check_code(folder)
@@ -152,7 +152,7 @@ def _check_code(folder: pathlib.Path) -> None:
   ]
   config = folder / "config.json"
   # It may name code elsewhere.
-  if hf_config.read_json(config).get("auto_map") != mole_folder.AUTO_MAP:
+  if hf_json.read_json(config).get("auto_map") != mole_folder.AUTO_MAP:
     other.append(config)
   if other:
     raise CheckpointError(

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from mole_jax.inference import generator
-from mole_jax.interop import from_hf, hf_config, names, sources, tensors, to_hf
+from mole_jax.interop import from_hf, hf_decoder, names, sources, tensors, to_hf
 from mole_jax.interop import verify as verify_lib
 from mole_jax.models import decoder as decoder_lib
 from mole_jax.models import llava
@@ -320,20 +320,20 @@ def test_a_qwen_of_2023_is_the_qwen2_with_its_weights(clip, tmp_path):
 )
 def test_what_the_decoder_cannot_follow_is_refused(kind, change, message):
   with pytest.raises(tensors.CheckpointError, match=f"here: .*{message}"):
-    hf_config.decoder_section({"model_type": kind, **change}, "here")
+    hf_decoder.decoder_section({"model_type": kind, **change}, "here")
 
 
 @pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_a_configuration_comes_back_from_the_file_written(kind):
   config = torch_models.text_config(kind).to_dict()
-  section = hf_config.decoder_section(config, "here")
+  section = hf_decoder.decoder_section(config, "here")
   shape = decoder_lib.DecoderConfig(**section)
-  again = hf_config.decoder_section(hf_config.text_config(shape), "there")
+  again = hf_decoder.decoder_section(hf_decoder.text_config(shape), "there")
   assert again == section
   # Older files of Transformers 4 have keys of their own for positions.
   rope = config.pop("rope_parameters")
   del rope["rope_type"]
-  assert hf_config.decoder_section(config | rope, "here") == section
+  assert hf_decoder.decoder_section(config | rope, "here") == section
 
 
 def test_the_first_files_of_stablelm_say_the_same_in_other_words():
@@ -341,15 +341,15 @@ def test_the_first_files_of_stablelm_say_the_same_in_other_words():
   own = {"norm_eps": 1e-6, "rope_pct": 0.5, "model_type": "stablelm_epoch"}
   words = {"layer_norm_eps": 1e-6, "partial_rotary_factor": 0.5}
   words["model_type"] = "stablelm"
-  section = hf_config.decoder_section(values | own, "here")
-  assert section == hf_config.decoder_section(values | words, "here")
+  section = hf_decoder.decoder_section(values | own, "here")
+  assert section == hf_decoder.decoder_section(values | words, "here")
   assert section["norm_eps"] == 1e-6 and section["rotary_fraction"] == 0.5
 
 
 def test_a_llama_with_biases_in_attention_is_one_too():
-  section = hf_config.decoder_section({"attention_bias": True}, "here")
+  section = hf_decoder.decoder_section({"attention_bias": True}, "here")
   assert section["attention_bias"] == "all"
-  written = hf_config.text_config(decoder_lib.DecoderConfig(**section))
+  written = hf_decoder.text_config(decoder_lib.DecoderConfig(**section))
   assert written["model_type"] == "llama" and written["attention_bias"]
 
 
@@ -366,4 +366,4 @@ def test_a_llama_with_biases_in_attention_is_one_too():
 )
 def test_a_decoder_that_transformers_lacks_is_not_written(change):
   with pytest.raises(tensors.CheckpointError, match="has no decoder with"):
-    hf_config.text_config(decoder_lib.DecoderConfig(**change))
+    hf_decoder.text_config(decoder_lib.DecoderConfig(**change))

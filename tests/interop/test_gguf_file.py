@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import modeling_gguf_pytorch_utils
 
-from mole_jax.interop import gguf_file, hf_config, tensors
+from mole_jax.interop import gguf_file, hf_decoder, tensors
 from tests.interop import torch_models
 
 HIDDEN, HEADS, KV_HEADS = 64, 4, 2
@@ -192,7 +192,7 @@ def test_metadata_become_the_values_of_a_config(is_tied, tmp_path):
     "rope_theta": THETA,
     "tie_word_embeddings": is_tied,
   }
-  section = hf_config.decoder_section(config, "a.gguf")
+  section = hf_decoder.decoder_section(config, "a.gguf")
   assert section["num_kv_heads"] == KV_HEADS
   assert section["rope_theta"] == THETA
 
@@ -229,7 +229,7 @@ def test_scaled_positions_are_told_and_refused_by_the_decoder(tmp_path):
     "original_max_position_embeddings": 32,
   }
   with pytest.raises(tensors.CheckpointError, match="type 'linear'"):
-    hf_config.decoder_section(config, "a.gguf")
+    hf_decoder.decoder_section(config, "a.gguf")
 
 
 @pytest.mark.parametrize(("factor", "is_good"), [(1.0, True), (8.0, False)])
