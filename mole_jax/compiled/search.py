@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mole_jax.compiled import report, topologies
-from mole_jax.models import llava
+from mole_jax.models import llava, moe
 
 # What is kept for the backward pass, most first: the first that fits
 # recomputes least.
@@ -21,7 +21,9 @@ def meshes(
   Those that talk least come first: copies of the model before shards of it,
   shards before shards of experts, those before cut widths.
   """
-  experts = model.mole.num_experts
+  kinds = moe.experts_by_layer(model.moe, model.decoder.num_layers)
+  # 0, none, is divided by every number and leaves the divisor as it is.
+  experts = math.gcd(model.mole.num_experts, *kinds)
   shares = [n for n in range(1, min(experts, 4) + 1) if experts % n == 0]
   sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
   heads = math.gcd(model.decoder.num_heads, model.decoder.num_kv_heads)

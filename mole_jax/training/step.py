@@ -101,9 +101,13 @@ def make_train_step(
       features=features,
       rngs={"dropout": jax.random.fold_in(jax.random.key(seed), step)},
     )
-    if "decoder/lm_head" in flat:  # Gathered once, not for each chunk of it.
-      head = activations.constrain(flat["decoder/lm_head"], None, "tensor")
-      params = {"params": state.unflatten(flat | {"decoder/lm_head": head})}
+    # The head is gathered once, not for each chunk of tokens.
+    if config.decoder.tie_word_embeddings:
+      name, axes = "decoder/embed_tokens", ("tensor", None)
+    else:
+      name, axes = "decoder/lm_head", (None, "tensor")
+    head = activations.constrain(flat[name], *axes)
+    params = {"params": state.unflatten(flat | {name: head})}
     domains = losses.token_domains(batch["segment_ids"], batch["domains"])
     sums = losses.next_token_sums(
       output.hidden,

@@ -107,6 +107,11 @@ def test_meshes_to_try_fill_the_devices_and_deal_the_batch():
   more = list(search.meshes(8, dataclasses.replace(model, mole=experts), 4))
   assert more[: len(found)] == found
   assert {mesh["expert"] for mesh in more} == {1, 2, 4}
+  # Whole FFNs lie on that axis too: here two in every second layer.
+  full = dataclasses.replace(model.moe, layers="sparse", num_experts=2)
+  none = dataclasses.replace(model.mole, num_experts=0)
+  model = dataclasses.replace(model, mole=none, moe=full)
+  assert {m["expert"] for m in search.meshes(8, model, 4)} == {1, 2}
 
 
 def test_search_prefers_the_fastest_that_fits(found, monkeypatch):
