@@ -45,9 +45,11 @@ def get_config(arg: str = "tiny") -> mlc.ConfigDict:
   if not about.is_file():
     raise ValueError(
       f"variant {arg!r} is unknown; use one of {', '.join(VARIANTS)} "
-      "(configs/mole3.py:7b, say), or a directory with a converted base."
+      "(configs/mole3.py:7b, say), or a directory with a base, converted or "
+      "of a run (configs/mole3.py:runs/moe_llava/tuning)."
     )
-  return converted(arg, json.loads(about.read_text()))
+  about = json.loads(about.read_text())
+  return converted(arg, about) if "model" in about else trained(arg)
 
 
 def tiny() -> mlc.ConfigDict:
@@ -274,17 +276,53 @@ def paper(variant: str) -> mlc.ConfigDict:
   return c
 
 
+def trained(path: str) -> mlc.ConfigDict:
+  """What a stage of a run left, such as runs/moe_llava/tuning."""
+  folder = pathlib.Path(path)
+  file = folder.parent / "config.json"
+  if not file.is_file():
+    raise ValueError(
+      f"the base in {path} was trained by a run, and {file}, which says what "
+      "model it is, is not there; leave it in its run."
+    )
+  run = json.loads(file.read_text())
+  model = dict(run["model"])
+  if not run["stages"].get(folder.name, {}).get("use_experts", False):
+    model.pop("moe", None)
+  c = _on_base(path, model, run["data"])
+  c.base.dtype = run["base"]["dtype"]
+  return c
+
+
 def converted(path: str, about: dict) -> mlc.ConfigDict:
   """Weights that `mole_jax.convert from-hf` wrote, on the embedded data.
 
   Adapters that came with them are trained on.
   """
-  if "model" not in about:
-    raise ValueError(
-      f"the base in {path} was trained here, by a config of its own: use that "
-      "with --config.base.path instead."
-    )
   model, data = about["model"], about["config"]["data"]
+  c = _on_base(path, model, data | {"tokenizer": f"{path}/tokenizer.json"})
+  c.model.lora = dict(rank=32, alpha=64.0, dropout=0.05)
+  c.model.mole.update(dict(rank=32, alpha=64.0, dropout=0.05))
+  if model.get("lora", {}).get("rank"):
+    c.model.lora.update(model["lora"])
+  if model.get("mole", {}).get("num_experts"):
+    c.model.mole.update(model["mole"])
+  c.model.remat = "named"
+  stage, vision = c.stages.mole, c.model.vision
+  num_patches = (vision.image_size // vision.patch_size) ** 2
+  stage.max_length = 4 * (num_patches + 2) + 256
+  stage.optim.lr = 2e-4  # LLaVA-1.5's for LoRA.
+  stage.optim.warmup_ratio = 0.03
+  c.evaluation.batch_size = 32
+  c.evaluation.max_new_tokens = 24
+  return c
+
+
+def _on_base(path: str, model: dict, data: dict) -> mlc.ConfigDict:
+  """The tiny variant's adapters and data on a base of this model.
+
+  `data`: `config.data` of whoever made it.
+  """
   c = tiny()
   c.variant = path
   c.model.vision = model["vision"]
@@ -292,19 +330,18 @@ def converted(path: str, about: dict) -> mlc.ConfigDict:
   # A base converted without a tokenizer has no id for images.
   c.model.image_token_id = model.get("image_token_id", 32000)
   c.model.use_visual_tokens = model["use_visual_tokens"]
-  c.model.lora = dict(rank=32, alpha=64.0, dropout=0.05)
-  c.model.mole.update(dict(rank=32, alpha=64.0, dropout=0.05))
-  if model.get("lora", {}).get("rank"):
-    c.model.lora.update(model["lora"])
-  if model.get("mole", {}).get("num_experts"):
-    c.model.mole.update(model["mole"])
+  c.base.path = path
+  c.stage_names = ("mole",)
+  c.stages = dict(mole=c.stages.mole)
+  stage = c.stages.mole
+  if not c.model.use_visual_tokens:
+    stage.trainable = tuple(p for p in stage.trainable if "visual" not in p)
   if "moe" in model:  # Whole FFNs as experts: each gets a LoRA of its own.
     c.model.moe = model["moe"]
     c.balance = dict(loss="moe_llava", weight=1e-2)
-    c.stages.mole.use_experts = True
-  c.model.remat = "named"
-  c.data.tokenizer = f"{path}/tokenizer.json"
+    stage.use_experts = True
   for key in (
+    "tokenizer",
     "template",
     "system",
     "use_bos",
@@ -313,19 +350,6 @@ def converted(path: str, about: dict) -> mlc.ConfigDict:
     "image_resample",
   ):
     c.data[key] = data[key]
-  c.base.path = path
-  c.stage_names = ("mole",)
-  c.stages = dict(mole=c.stages.mole)
-  stage = c.stages.mole
-  if not c.model.use_visual_tokens:
-    stage.trainable = tuple(p for p in stage.trainable if "visual" not in p)
-  vision = c.model.vision
-  num_patches = (vision.image_size // vision.patch_size) ** 2
-  stage.max_length = 4 * (num_patches + 2) + 256
-  stage.optim.lr = 2e-4  # LLaVA-1.5's for LoRA.
-  stage.optim.warmup_ratio = 0.03
-  c.evaluation.batch_size = 32
-  c.evaluation.max_new_tokens = 24
   return c
 
 

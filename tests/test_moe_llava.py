@@ -90,6 +90,32 @@ def test_lora_goes_on_from_a_tuned_mixture(finished, tmp_path):
   )
 
 
+ADAPTERS = [flag for flag in SMALL if ".stages." not in flag] + [
+  "--config.stages.mole.batch_size=2",
+  "--config.stages.mole.num_steps=2",
+]
+
+
+@pytest.mark.parametrize("stage, layers", [("tuning", 2), ("experts", 1)])
+def test_a_mixture_of_lora_goes_on_from_a_stage(
+  finished, tmp_path, stage, layers
+):
+  """The base of a run is a variant of configs/mole3.py, as the README says."""
+  workdir, _ = finished
+  done = test_main.run(
+    f"--workdir={tmp_path / 'mole'}",
+    *ADAPTERS,
+    config=f"configs/mole3.py:{workdir / stage}",
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  params = mole_jax.load(tmp_path / "mole").params["decoder"]["layers"]
+  # A mixture in each plain layer; a LoRA of its own for each whole FFN.
+  assert params["mlp"]["up_proj"]["lora_b"].shape[:2] == (layers, 3)
+  if stage == "experts":
+    experts = params["moe_x4"]["experts"]["up_proj"]
+    assert experts["lora_b"].shape[:2] == (1, 4)
+
+
 @pytest.mark.parametrize(
   "changes, match",
   [

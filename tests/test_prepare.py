@@ -274,5 +274,5 @@ def test_several_sets_mix_as_often_as_they_have_records(built):
   lines = config(f"{built},{built}/1.0.0").stages.mole.mixture
   assert [line.weight for line in lines.values()] == [10, 10]
   assert config(built).data.domains[0] == "mine"
-  with pytest.raises(ValueError, match="or a directory with a converted base"):
+  with pytest.raises(ValueError, match="or a directory with a base"):
     config(f"{built}@nothing")

@@ -100,11 +100,13 @@ def claim(
 
   Raises ValueError that lists the differences where the run directory belongs
   to another configuration. Those of the data may be accepted: they are
-  written down, with the steps that each stage has behind it.
+  written down, with the steps that each stage has behind it. A run that ended
+  before its first checkpoint leaves nothing to protect.
   """
   path = run / "config.json"
   if path.exists():
-    lines = differences(files.read_json(path), config)
+    old = files.read_json(path)
+    lines = differences(old, config) if _has_begun(run, old) else []
     of_data = [line for line in lines if _DATA.match(line)]
     if len(of_data) < len(lines) or (lines and not is_data_change_accepted):
       way_out = ""
@@ -129,6 +131,14 @@ def claim(
       if steps:
         write_change(run, stage, steps[-1], changes)
   files.write_json(path, config)
+
+
+def _has_begun(run: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Whether there is anything in a run directory that a config made."""
+  return any(
+    checkpoint.list_steps(run, stage) or (run / stage / "base.json").exists()
+    for stage in config["stages"]
+  )
 
 
 def write_change(

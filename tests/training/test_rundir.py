@@ -7,13 +7,26 @@ import pytest
 
 from mole_jax.training import rundir
 
-CONFIG = {"seed": 0, "model": {"rank": 4}, "log_every": 10}
+CONFIG = {
+  "seed": 0,
+  "model": {"rank": 4},
+  "log_every": 10,
+  "stages": {"mole": {}},
+}
+
+
+def leave_a_checkpoint(run):
+  """What stands after a stage's first steps, as far as the run goes."""
+  step = run / "mole" / "checkpoints" / "1"
+  step.mkdir(parents=True)
+  (step / "state").touch()
 
 
 def test_another_config_is_refused_with_the_differences(tmp_path):
   rundir.claim(tmp_path, CONFIG)
+  leave_a_checkpoint(tmp_path)
   rundir.claim(tmp_path, CONFIG | {"log_every": 1})  # Changes no result.
-  other = {"seed": 1, "model": {"rank": 8, "alpha": 2}, "log_every": 10}
+  other = CONFIG | {"seed": 1, "model": {"rank": 8, "alpha": 2}}
   with pytest.raises(ValueError) as error:
     rundir.claim(tmp_path, other)
   lines = str(error.value).splitlines()[1:]
@@ -22,6 +35,15 @@ def test_another_config_is_refused_with_the_differences(tmp_path):
     "model.rank: 4 -> 8",
     "seed: 0 -> 1",
   ]
+
+
+def test_a_run_that_ended_before_a_checkpoint_takes_another_config(tmp_path):
+  rundir.claim(tmp_path, CONFIG)
+  rundir.claim(tmp_path, CONFIG | {"seed": 1})
+  (tmp_path / "mole").mkdir()
+  (tmp_path / "mole" / "base.json").touch()  # A stage that ends in a base.
+  with pytest.raises(ValueError, match="seed: 1 -> 0"):
+    rundir.claim(tmp_path, CONFIG)
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path):
