@@ -34,24 +34,14 @@ class StageCheckpoints:
   """The checkpoints of one stage; use as a context manager.
 
   Saving is asynchronous; leaving the context waits for the last one and
-  raises if it failed. Without `max_checkpoints` it only reads, and leaves the
-  unfinished ones of a run in progress alone.
+  raises if it failed. Unfinished ones of an earlier run are removed.
   """
 
-  def __init__(
-    self, directory: pathlib.Path, max_checkpoints: int | None = None
-  ):
-    is_writer = max_checkpoints is not None
-    options = ocp.options.MultiprocessingOptions()
-    if not is_writer:  # One process may read while others do not.
-      options = base_lib.only_this()
+  def __init__(self, directory: pathlib.Path, max_checkpoints: int):
     self._manager = ocp.CheckpointManager(
       (directory / "checkpoints").absolute(),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=max_checkpoints,
-        cleanup_tmp_directories=is_writer,
-        read_only=not is_writer,
-        multiprocessing_options=options,
+        max_to_keep=max_checkpoints, cleanup_tmp_directories=True
       ),
     )
 
@@ -99,10 +89,13 @@ class StageCheckpoints:
       restored["meta"],
     )
 
-  def read_meta(self, step: int) -> dict[str, Any]:
-    """What a step says of itself."""
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)["meta"]
+
+def _read_meta(step: pathlib.Path) -> dict[str, Any]:
+  """What a step says of itself; the run that writes it may be in progress."""
+  handler = ocp.JsonCheckpointHandler(
+    multiprocessing_options=base_lib.only_this()
+  )
+  return handler.restore(step.absolute() / "meta")
 
 
 class StepReader:
@@ -216,9 +209,9 @@ def read_trained(path: str | os.PathLike) -> TrainedModel:
   shapes = state.parameter_shapes(state.model_config(config, stage))
   patterns = config["stages"][stage]["trainable"]
   trainable, frozen = state.split(shapes, patterns)
-  with StageCheckpoints(run / stage) as checkpoints:
-    meta = checkpoints.read_meta(step)
-  reader = StepReader(run / stage / "checkpoints" / str(step), trainable)
+  folder = run / stage / "checkpoints" / str(step)
+  meta = _read_meta(folder)
+  reader = StepReader(folder, trainable)
   base = None
   if frozen:
     directory = run / meta["base"]["path"]
