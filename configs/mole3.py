@@ -10,8 +10,9 @@ Variants, after a colon: "tiny" (default; embedded data, a base model trained
 on the spot), "smol" (SmolLM2-135M and DINOv2-S, real weights converted to
 weights/smol, the embedded data), "7b" and "13b" (LLaVA-1.5 with Vicuna, the
 paper's numbers; they need weights and data that this machine does not bring),
-or a directory that `python -m mole_jax.convert from-hf` wrote: your weights,
-the embedded data.
+"small" (shapes between these and tiny, for `mole_jax.bench` on a CPU), or a
+directory that `python -m mole_jax.convert from-hf` wrote (your weights, the
+embedded data), or a stage of a run.
 """
 
 import json
@@ -19,7 +20,7 @@ import pathlib
 
 import ml_collections as mlc
 
-VARIANTS = ("tiny", "smol", "7b", "13b")
+VARIANTS = ("tiny", "small", "smol", "7b", "13b")
 SMOL = "weights/smol"
 
 SYSTEM = (
@@ -37,6 +38,8 @@ def get_config(arg: str = "tiny") -> mlc.ConfigDict:
   """
   if arg == "tiny":
     return tiny()
+  if arg == "small":
+    return small()
   if arg == "smol":
     return smol()
   if arg in VARIANTS:
@@ -198,6 +201,43 @@ def tiny() -> mlc.ConfigDict:
     max_new_tokens=12,
     max_questions=0,  # In each domain; 0 asks all.
   )
+  return c
+
+
+def small() -> mlc.ConfigDict:
+  """Shapes that tell on a CPU what a step costs; there are no such weights."""
+  c = tiny()
+  c.variant = "small"
+  c.model.vision.update(
+    image_size=112,
+    patch_size=14,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_layers=6,
+    num_heads=4,
+    feature_layer=-2,
+  )
+  c.model.decoder.update(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1376,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+  )
+  c.model.lora = dict(rank=32, alpha=64.0, dropout=0.0)
+  c.model.mole.update(dict(rank=32, alpha=64.0, dropout=0.0))
+  c.model.image_token_id = 8191
+  c.model.use_visual_tokens = False
+  c.base.path = "weights/small"
+  c.stage_names = ("mole",)
+  stage = c.stages.mole
+  c.stages = dict(mole=stage)
+  stage.trainable = tuple(p for p in stage.trainable if "visual" not in p)
+  stage.batch_size = 4
+  stage.max_length = 256
+  stage.max_images = 1
   return c
 
 
