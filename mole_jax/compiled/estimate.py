@@ -74,8 +74,8 @@ def step_estimate(
   """
   if not chip.peak_flops:
     return Estimate(0.0, 0.0, 0.0, 0.0)
-  share = chip.topology_devices
-  peak, hbm = chip.peak_flops / share, chip.hbm_bytes_per_second / share
+  peak = chip.peak_flops / chip.devices
+  hbm = chip.hbm_bytes_per_second / chip.devices
   clock = CLOCK_HZ.get(chip.name, math.inf)
   compute = roofline = 0.0
   for one in done.operations:

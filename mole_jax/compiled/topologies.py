@@ -7,7 +7,6 @@ of TPUs (extra `tpu`), XLA:GPU takes the description of a card (extra `cuda12`).
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
 import re
 
@@ -75,21 +74,17 @@ class Target:
 
   @property
   def num_devices(self) -> int:
-    """That a compile-only topology lists."""
-    chip = self.accelerator.chip
-    return self.accelerator.chips * chip.topology_devices
+    return self.accelerator.devices
 
   @property
   def hbm_bytes(self) -> int:
     """Of one of these devices."""
     chip = self.accelerator.chip
-    return chip.hbm_bytes // chip.topology_devices
+    return chip.hbm_bytes // chip.devices
 
   def sizes(self) -> dict[str, int]:
-    """The default mesh; further devices are copies."""
-    sizes = self.accelerator.mesh()
-    further = self.num_devices // math.prod(sizes.values())
-    return sizes | {"data": sizes["data"] * further}
+    """The default mesh."""
+    return self.accelerator.mesh()
 
 
 def find(name: str) -> Target:
@@ -150,10 +145,14 @@ def devices(target: Target) -> list[jax.Device]:
       topology=target.accelerator.topology,
     )
   else:
+    options = {}
+    if target.accelerator.chip.core_config:
+      options["chip_config_name"] = target.accelerator.chip.core_config
     found = topologies.get_topology_desc(
       target.name,
       platform="tpu",
       chips_per_host_bounds=list(target.accelerator.host_bounds),
+      **options,
     )
   return list(found.devices)
 

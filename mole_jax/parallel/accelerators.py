@@ -33,10 +33,9 @@ class Chip:
   ici_bytes_per_second: float
   hbm_bytes_per_second: float = 0.0
   cores: int = 1  # As gcloud counts them.
-  devices: int = 1  # That JAX sees on a machine.
-  # That a compile-only topology lists: v4 is compiled for a TensorCore there,
-  # while a machine joins its two cores into one device.
-  topology_devices: int = 1
+  devices: int = 1  # That JAX sees on it.
+  # How a compile-only topology is told to see its cores; "" as it likes.
+  core_config: str = ""
   platform: str = "tpu"
   gcloud: str = ""  # Prefix of --accelerator-type; "": no Cloud TPU API.
   runtime_version: str = ""
@@ -52,7 +51,7 @@ CHIPS = (
     peak_flops=275e12,  # [1]
     ici_bytes_per_second=300e9,  # [2]
     cores=2,
-    topology_devices=2,  # [6]
+    core_config="megacore",  # [6]; without it each core is a device.
     gcloud="v4",
     runtime_version="tpu-ubuntu2204-base",  # [3]
     gke_label="tpu-v4-podslice",  # [4]
@@ -100,7 +99,6 @@ CHIPS = (
     ici_bytes_per_second=600e9,  # [1]: 1200 both ways.
     cores=2,
     devices=2,  # [1], [6]: each with half of the memory.
-    topology_devices=2,
     gke_label="tpu7x",  # [4]
     gke_machine="tpu7x-standard",
   ),

@@ -4,6 +4,8 @@ import jax
 import pytest
 
 from mole_jax.compiled import topologies
+from mole_jax.parallel import accelerators
+from mole_jax.parallel import mesh as mesh_lib
 
 
 def test_an_unknown_topology_lists_the_known_ones():
@@ -21,7 +23,8 @@ def test_an_unknown_topology_lists_the_known_ones():
     ("v5e:4x4", 16, (1, 16)),
     ("h200:8", 8, (1, 8)),
     ("cpu:64", 64, (1, 64)),
-    ("v4:2x2x1", 8, (2, 4)),  # Compiled for each of two cores.
+    ("v4:2x2x1", 4, (1, 4)),  # Two cores of a chip are one device,
+    ("tpu7x:2x2x1", 8, (1, 8)),  # and are two.
   ],
 )
 def test_a_topology_has_devices_and_a_mesh(name, count, sizes):
@@ -31,11 +34,27 @@ def test_a_topology_has_devices_and_a_mesh(name, count, sizes):
   assert (found["data"], found["fsdp"]) == sizes
 
 
+@pytest.mark.parametrize(
+  "row",
+  [row for row in accelerators.ACCELERATORS if row.chip.platform == "tpu"],
+  ids=lambda row: row.name,
+)
+def test_libtpu_lists_what_the_default_mesh_needs(row):
+  pytest.importorskip("libtpu", reason="needs the extra tpu")
+  target = topologies.find(row.name)
+  found = topologies.devices(target)
+  assert len(found) == target.num_devices
+  mesh = mesh_lib.make_mesh(target.sizes(), found)
+  assert dict(mesh.shape) == target.sizes()
+
+
 def test_fake_devices_are_found():
-  assert topologies.devices(topologies.find("cpu:4")) == jax.devices()[:4]
+  first = jax.devices()[:4]  # JAX starts with what the tests ask for.
+  assert topologies.devices(topologies.find("cpu:4")) == first
 
 
 def test_more_fake_devices_than_jax_started_with_is_an_error():
+  assert len(jax.devices()) == 8
   with pytest.raises(ValueError, match="started with 8 device"):
     topologies.devices(topologies.find("cpu:16"))
 
