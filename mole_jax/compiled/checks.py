@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from mole_jax.compiled import collectives, hlo, work
+from mole_jax.parallel import sharding
 
 # Smaller ones than this share of the largest weight of a layer do no harm.
 SMALL = 1 / 16
@@ -24,13 +25,15 @@ class Finding:
 class Expected:
   """What the model is made of, on one device.
 
-  trainable, frozen: shapes by path, whole.  layers: of the decoder.
-  experts: 0 for no mixture.  tokens: positions on a device.  widths: hidden and
-  intermediate size, whole and as `tensor` cuts them.
+  trainable, frozen: shapes by path, whole.  mesh: sizes of its axes.
+  layers: of the decoder.  experts: 0 for no mixture.  tokens: positions on a
+  device.  widths: hidden and intermediate size, whole and as `tensor` cuts
+  them.
   """
 
   trainable: Mapping[str, jax.ShapeDtypeStruct]
   frozen: Mapping[str, jax.ShapeDtypeStruct]
+  mesh: Mapping[str, int]
   layers: int
   experts: int
   tokens: int
@@ -71,7 +74,7 @@ def misplaced(
     for path, leaf in {**expected.trainable, **expected.frozen}.items()
   }
   weights = {math.prod(shape) for shape in layers}
-  gradients = _sizes(expected.trainable)
+  gradients = _gradient_sizes(expected.trainable, expected.mesh)
   findings = []
   for one in found:
     if not {"fsdp", "expert"} & set(one.axes) or "tensor" in one.axes:
@@ -94,13 +97,22 @@ def misplaced(
   return findings
 
 
-def _sizes(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> set[int]:
-  """Of single layers and of their stack."""
-  return {
-    math.prod(shape)
-    for path, leaf in shapes.items()
-    for shape in (leaf.shape, one_layer(path, leaf.shape))
-  }
+def _gradient_sizes(
+  shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mapping[str, int]
+) -> set[int]:
+  """Of single layers and of their stack, whole or cut along any of their axes.
+
+  What is added up along one mesh axis may be cut along another already.
+  """
+  sizes = set()
+  for path, leaf in shapes.items():
+    ways = {1}
+    for names in sharding.partition_spec(path):
+      for name in (names,) if isinstance(names, str) else names or ():
+        ways |= {n * mesh[name] for n in ways}
+    for shape in (leaf.shape, one_layer(path, leaf.shape)):
+      sizes |= {math.prod(shape) // n for n in ways}
+  return sizes
 
 
 def frozen_gradients(program: hlo.Program, expected: Expected) -> list[Finding]:
@@ -146,20 +158,39 @@ def _finding(
   )
 
 
+def _has_run(before: Sequence[int], after: Sequence[int], width: int) -> bool:
+  """Whether neighbours in one of two lists of axes make up a width."""
+  return any(
+    math.prod(dims[i:j]) == width
+    for dims in (before, after)
+    for i in range(len(dims))
+    for j in range(i + 1, len(dims) + 1)
+  )
+
+
 def expert_buffers(program: hlo.Program, expected: Expected) -> list[Finding]:
   """Arrays of experts x tokens x width: what routing is there to avoid.
 
-  With as many layers as experts a first axis of that size is taken for layers,
-  whose inputs the backward pass keeps.
+  One axis is the experts', one or more that follow each other are the width's,
+  the others are tokens. With as many layers as experts a first axis of that
+  size is taken for layers, whose inputs the backward pass keeps.
   """
   if expected.experts < 2:
     return []
   start = 1 if expected.layers == expected.experts else 0
-  sizes = {expected.experts * expected.tokens * w for w in expected.widths}
+  size = expected.experts * expected.tokens
+  sizes = {size * width for width in expected.widths}
   found = {}
   for _, line, _ in hlo.walk(program):
     for array in line.arrays:
-      if array.size in sizes and expected.experts in array.dims[start:]:
+      if array.size not in sizes:  # Nearly all; the rest is slow.
+        continue
+      if any(
+        count == expected.experts
+        and _has_run(array.dims[:i], array.dims[i + 1 :], array.size // size)
+        for i, count in enumerate(array.dims)
+        if i >= start
+      ):
         found.setdefault(array.dims, (array, line))
   return [
     Finding(

@@ -228,6 +228,7 @@ def _expected(stage: stage_lib.Stage, rows: int) -> checks.Expected:
   return checks.Expected(
     stage.trainable_shapes,
     stage.frozen_shapes,
+    dict(stage.mesh.shape),
     model.decoder.num_layers,
     max(routed.values(), default=model.mole.num_experts),
     rows * settings["max_length"],

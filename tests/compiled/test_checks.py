@@ -20,9 +20,10 @@ def shape(*dims):
 EXPECTED = checks.Expected(
   trainable={
     LORA: shape(L, E, F, 4 * R),
-    "projector/linear_1/kernel": shape(D, 2 * D),
+    "projector/linear_1/kernel": shape(D, 5 * D),
   },
   frozen={KERNEL: shape(L, D, F), "decoder/embed_tokens": shape(9 * D, D)},
+  mesh=dict(data=1, fsdp=2, expert=4, tensor=1),
   layers=L,
   experts=E,
   tokens=TOKENS,
@@ -45,10 +46,12 @@ def collective(kind, dims, axes=("fsdp",), ways=4, dtype="f32"):
     collective("all-gather", (9 * D, D)),
     collective("all-reduce", (E, F, 4 * R)),  # A gradient,
     collective("all-reduce", (L, E, F, 4 * R)),  # stacked,
-    collective("reduce-scatter", (D // 4, 2 * D), ways=4),  # in parts.
+    collective("reduce-scatter", (D // 4, 5 * D), ways=4),  # in parts.
     collective("all-reduce", (D, F), axes=("tensor",)),  # Sums of activations.
     collective("all-reduce", (TOKENS, E)),  # Small.
     collective("all-to-all", (TOKENS, D)),
+    # Cut along fsdp already.
+    collective("all-reduce", (D // 2, 5 * D), axes=("expert",)),
   ],
 )
 def test_what_a_step_is_made_of_passes(one):
@@ -61,6 +64,8 @@ def test_what_a_step_is_made_of_passes(one):
     (collective("all-reduce", (1, D, F)), "all-reduce of weight"),
     (collective("reduce-scatter", (D // 4, F)), "reduce-scatter of activ"),
     (collective("all-reduce", (TOKENS, F)), "all-reduce of activation?"),
+    # No axis cuts the projector in three.
+    (collective("all-reduce", (D // 3, 5 * D)), "all-reduce of activation?"),
     (collective("all-gather", (TOKENS, F)), "all-gather of activation?"),
     (collective("all-gather", (L, D, F)), "all-gather of several layers"),
   ],
@@ -87,6 +92,9 @@ def test_a_frozen_weights_gradient_is_found(width, is_wrong):
   [
     (f"{TOKENS},{E},{D}", True),
     (f"{E},{TOKENS},{F}", True),
+    (f"2,{TOKENS // 2},{E},4,{D // 4}", True),  # Rows; heads.
+    (f"{E},{TOKENS // 4},{4 * D}", False),  # As many rows as experts.
+    (f"4,{E},{TOKENS},{D}", False),  # Layers, at a quarter of F.
     (f"{TOKENS},{E * R}", False),  # Rank space.
     (f"{TOKENS},{3 * D}", False),
     (f"{TOKENS},{E}", False),
