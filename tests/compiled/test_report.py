@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from mole_jax.compiled import estimate, report, search, topologies
+from mole_jax.compiled import (
+  collectives,
+  estimate,
+  hlo,
+  report,
+  search,
+  topologies,
+)
 from mole_jax.parallel import activations
 from mole_jax.training import rundir, state
 from tests.training import small_run
@@ -64,6 +71,21 @@ def test_loops_run_once_a_layer(found):
     one.runs / one.count for one in found.collectives if one.loops == (4,)
   }
   assert runs == 4
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_head_is_gathered_once(is_tied, tmp_path):
+  config = make_config(tie_word_embeddings=is_tied)
+  file = tmp_path / "step.hlo"
+  report.make(config, "mole", topologies.find("cpu:8"), MESH, file)
+  sizes = config["model"]["decoder"]
+  size = sizes["vocab_size"] * sizes["hidden_size"]
+  runs = [
+    one.runs
+    for one in collectives.find(hlo.parse(file.read_text()), MESH)
+    if one.kind == "all-gather" and size in {a.size for a in one.arrays}
+  ]
+  assert runs == [1]
 
 
 def test_bytes_are_those_of_the_shards(found):
