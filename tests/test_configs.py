@@ -41,6 +41,20 @@ def test_real_recipes_lower_without_weights(name):
 
 
 @pytest.mark.parametrize("name", ["mole3", "lora", "dense"])
+def test_small_has_the_shapes_that_timings_are_told_of(name):
+  stage = make_stage(name, "small")
+  experts = 1 if name == "lora" else 3
+  # Rank 32 on gate, up and down of 8 layers.
+  counts = stage.counts
+  assert counts["experts"][0] == 8 * experts * 32 * 3 * (512 + 1376)
+  layer = 4 * 512**2 + 3 * 512 * 1376 + 2 * 512
+  assert counts["decoder"][1] == 8 * layer + 2 * 8192 * 512 + 512
+  # 64 positions of the image, 192 of text.
+  assert stage.model_config.num_image_tokens == 64
+  assert stage.settings["max_length"] == 256
+
+
+@pytest.mark.parametrize("name", ["mole3", "lora", "dense"])
 def test_every_tiny_stage_builds(name):
   config = rundir.plain(small_run.read_config(name))
   mesh = mesh_lib.make_mesh(ONE, jax.devices()[:1])
