@@ -37,6 +37,7 @@ from mole_jax.timing import (
   profile,
   protocol,
   real,
+  starts,
   steps,
   synthetic,
   terminal,
@@ -105,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
   step.add_argument(
     "--skip-warm", action="store_true", help="compile once, from nothing"
   )
+  step.add_argument(
+    "--first-step",
+    action="store_true",
+    help="also start it anew, to time what comes before a first step",
+  )
   one = add("dispatch", _dispatch, False, help="strategies on one MLP")
   one.add_argument("--experts", type=_positive, nargs="+", default=[3, 8])
   one.add_argument(
@@ -152,7 +158,10 @@ def _parser() -> argparse.ArgumentParser:
   answers.add_argument("--rounds", type=_positive, default=5)
   data = add("data", _data, help="batches alone, as fast as they come")
   data.add_argument("--batches", type=_positive, default=50)
-  add("worker", _worker)  # One of compare's sides; not for people.
+  # Not for people: one of compare's sides, and a start that is timed.
+  add("worker", _worker)
+  starter = add("starter", _starter)
+  starter.add_argument("--cache", type=pathlib.Path, required=True)
   return parser
 
 
@@ -196,11 +205,17 @@ def _make_stage(args: argparse.Namespace) -> stage_lib.Stage:
 
 
 def _step(args: argparse.Namespace) -> dict[str, Any]:
+  kinds = steps.COMPILATIONS[: 1 if args.skip_warm else 2]
+  first_steps = None
+  if args.first_step:  # Before this process takes the device: they need it.
+    first_steps = starts.first_steps(args.stage, args.config_arguments, kinds)
   stage = _make_stage(args)
   batches = steps.synthetic_batches(stage)
   found: dict[str, Any] = {"step": steps.describe(stage)}
   terminal.print_about(_identity(args) | found, _CONSOLE)
-  kinds = steps.COMPILATIONS[: 1 if args.skip_warm else 2]
+  if first_steps:
+    found["first_step_seconds"] = first_steps
+    terminal.print_first_steps(first_steps, _CONSOLE)
   compiled = steps.compile_step(stage, kinds)
   found["compile_seconds"] = compiled.seconds
   found["predicted_memory"] = compiled.memory
@@ -325,6 +340,18 @@ def _worker(args: argparse.Namespace) -> dict[str, Any]:
 
   last = lambda: {"memory": machine.peak_memory(jax.local_devices())}
   protocol.serve(about, timed, last)
+  return {}
+
+
+def _starter(args: argparse.Namespace) -> dict[str, Any]:
+  with steps.cache_in(args.cache):
+    stage = _make_stage(args)
+    weights = synthetic.parameters(stage)
+    batches = steps.synthetic_batches(stage)
+    run = steps.Run(stage, stage.lower().compile(), batches, weights)
+    del weights
+    run.steps(1)
+  protocol.serve({"losses": run.losses}, run.steps, dict)
   return {}
 
 

@@ -32,7 +32,8 @@ def run(folder, *args):
 def test_step_on_made_and_on_real_data(tmp_path):
   # In a process of its own, which has one device.
   path = tmp_path / "found.json"
-  args = ["--steps=2", "--skip-warm", "--json", str(path), *TINY]
+  args = ["--steps=2", "--skip-warm", "--first-step", "--json", str(path)]
+  args += TINY
   done = test_main.call([sys.executable, "-m", "mole_jax.bench", "step", *args])
   assert done.returncode == 0, done.stdout + done.stderr
   assert "MFU unknown" in done.stdout
@@ -42,6 +43,7 @@ def test_step_on_made_and_on_real_data(tmp_path):
   assert (found["config"], found["stage"]) == ("mole3", "mole")
   assert found["step"]["batch_size"] == 8
   assert set(found["compile_seconds"]) == {"cold"}
+  assert set(found["first_step_seconds"]) == {"cold"}
   flops = found["step"]["flops"]["total"]
   for data in ("synthetic", "real"):
     timing = found[data]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,22 +37,32 @@ class Compiled(NamedTuple):
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
   """A persistent compilation cache that is empty, for as long as this lasts."""
+  with (
+    tempfile.TemporaryDirectory(prefix="mole_jax-bench-") as folder,
+    cache_in(folder),
+  ):
+    yield
+
+
+@contextlib.contextmanager
+def cache_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+  """A persistent compilation cache in `folder` that takes every program."""
   names = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
   )
   before = {name: getattr(jax.config, name) for name in names}
-  with tempfile.TemporaryDirectory(prefix="mole_jax-bench-") as folder:
-    for name, value in zip(names, (folder, 0.0, -1), strict=True):
+  values = (os.fspath(folder), 0.0, -1)
+  for name, value in zip(names, values, strict=True):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    for name, value in before.items():
       jax.config.update(name, value)
     compilation_cache.reset_cache()
-    try:
-      yield
-    finally:
-      for name, value in before.items():
-        jax.config.update(name, value)
-      compilation_cache.reset_cache()
 
 
 def compile_step(

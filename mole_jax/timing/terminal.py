@@ -46,6 +46,12 @@ def print_compiled(found: Found, console: rich.console.Console) -> None:
     )
 
 
+def print_first_steps(found: Found, console: rich.console.Console) -> None:
+  """Seconds from the start of a process to the end of its first step."""
+  times = ", ".join(f"{s:.1f} s {kind}" for kind, s in found.items())
+  console.print(f"from a start to the end of its first step: {times}")
+
+
 def print_timing(
   title: str, timing: Found, console: rich.console.Console
 ) -> None:
