@@ -46,6 +46,7 @@ from mole_jax.training import command_line, metrics, state
 from mole_jax.training import stage as stage_lib
 
 Config = dict[str, Any]
+_UNROLLED = {"auto": None, "on": True, "off": False}
 _CONSOLE = rich.console.Console(soft_wrap=True, highlight=False)
 
 
@@ -156,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
   answers.add_argument("--images", type=int, default=1, help="in each prompt")
   answers.add_argument("--new-tokens", type=_positive, default=32)
   answers.add_argument("--rounds", type=_positive, default=5)
+  answers.add_argument(
+    "--unrolled",
+    choices=_UNROLLED,
+    default="auto",
+    help="layers one by one, or scanned (default: as generation chooses)",
+  )
   data = add("data", _data, help="batches alone, as fast as they come")
   data.add_argument("--batches", type=_positive, default=50)
   # Not for people: one of compare's sides, and a start that is timed.
@@ -304,6 +311,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
     num_images=args.images,
     num_new=args.new_tokens,
     num_rounds=args.rounds,
+    is_unrolled=_UNROLLED[args.unrolled],
   )
   terminal.print_decode(found, _CONSOLE)
   return found

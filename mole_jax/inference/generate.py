@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, PRNGKeyArray
 
-from mole_jax.models import decoder, llava
+from mole_jax.models import decoder, llava, moe, pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,7 @@ def generate(
   pad_id: Int[Array, ""],
   max_new_tokens: int,
   sampling: Sampling = GREEDY,
+  is_unrolled: bool = False,
 ) -> Generated:
   """Answers prompts; a pure function of arrays.
 
@@ -94,6 +95,9 @@ def generate(
     pad_id: stands behind the end.
     max_new_tokens: I.
     sampling: how tokens are chosen.
+    is_unrolled: takes the decoder's weights apart by layer before the first
+      new token, which costs a copy of them: a scan copies each layer's for
+      every token.
   """
   model = llava.Llava(config)
   apply = lambda *args, method: model.apply(
@@ -120,6 +124,13 @@ def generate(
     jnp.int32(0),
     method="extend",
   )
+  layers, cache = None, output.cache
+  if is_unrolled:
+    kinds = moe.experts_by_layer(config.moe, config.decoder.num_layers)
+    layers = pattern.by_layer(params["decoder"]["layers"], kinds)
+    cache = tuple(
+      jax.tree.map(lambda a, i=i: a[i], cache) for i in range(len(layers))
+    )
   last = (lengths - 1)[:, None, None]
   hidden = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]
   seen = jnp.zeros((batch, is_banned.shape[0]), bool)
@@ -146,6 +157,7 @@ def generate(
       ~is_done[:, None],
       cache,
       slot,
+      layers,
       method="extend",
     )
     token = choose(output.hidden[:, 0], seen, number)
@@ -161,11 +173,11 @@ def generate(
   prompt_experts = token_experts = None
   if output.routing is not None:
     prompt_experts = output.routing.chosen
-    layers, _, _, top_k = prompt_experts.shape
-    shape = (layers, batch, max_new_tokens, top_k)
+    num_routed, _, _, top_k = prompt_experts.shape
+    shape = (num_routed, batch, max_new_tokens, top_k)
     token_experts = jnp.full(shape, -1, prompt_experts.dtype)
   is_done = token == eos_id
-  carry = (jnp.int32(1), tokens, is_done, seen, output.cache, token_experts)
+  carry = (jnp.int32(1), tokens, is_done, seen, cache, token_experts)
   carry = jax.lax.while_loop(should_continue, add_token, carry)
   return Generated(carry[1], prompt_experts, carry[-1])
 

@@ -51,6 +51,7 @@ class Generator:
     banned_ids: Sequence[int],
     image_mean: Sequence[float],
     image_std: Sequence[float],
+    is_unrolled: bool | None = None,
   ):
     """Keeps what every call needs.
 
@@ -62,7 +63,11 @@ class Generator:
       banned_ids: ids that are never generated, such as the image's.
       image_mean: mean of the normalisation, by channel, of values 0 to 1.
       image_std: its standard deviation.
+      is_unrolled: see `generate`; None does so where it pays and fits.
     """
+    if is_unrolled is None:
+      is_unrolled = _pays_to_unroll(params["decoder"]["layers"])
+    self._is_unrolled = is_unrolled
     self._config = config
     self._params = params
     self._eos_id = eos_id
@@ -129,6 +134,7 @@ class Generator:
         np.int32(self._pad_id),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
+        is_unrolled=self._is_unrolled,
         normalisation=self._normalisation,
       )
       result = jax.device_get(result)
@@ -151,6 +157,24 @@ class Generator:
       input_ids[row, : lengths[row]] = prompt.input_ids
       images[row, : len(prompt.images)] = prompt.images
     return input_ids, lengths, images if num_images else None
+
+
+def _pays_to_unroll(layers: Mapping[str, Any]) -> bool:
+  """Whether generation takes the layers' weights apart.
+
+  A GPU copies a scanned layer's weights before it multiplies by them, several
+  times the cost of the products of one token. A CPU gains a seventh and
+  compiles five times as long. A call holds a second copy of the weights.
+  """
+  leaves = jax.tree.leaves(layers)
+  device = jax.devices()[0]
+  if isinstance(leaves[0], jax.Array):
+    device = min(leaves[0].devices(), key=lambda d: d.id)
+  if device.platform != "gpu":
+    return False
+  memory = device.memory_stats()
+  free = memory["bytes_limit"] - memory["bytes_in_use"]
+  return 2 * sum(leaf.nbytes for leaf in leaves) < free
 
 
 def bucket(length: int, lengths: Sequence[int] = ()) -> int:
@@ -219,5 +243,8 @@ def _generate_from_bytes(
 _compiled = jax.jit(
   _generate_from_bytes,
   static_argnums=0,
-  static_argnames=("max_new_tokens", "sampling", "normalisation"),
+  static_argnames=(
+    *("max_new_tokens", "sampling", "is_unrolled"),
+    "normalisation",
+  ),
 )

@@ -9,7 +9,8 @@ Einsum axes: see lora.py; "L" are layers, "J" key positions.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -345,15 +346,16 @@ class Decoder(nn.Module):
     positions: Int[Array, "B T"],
     mask: Bool[Array, "B T J"] | None,
     segments: Bool[Array, "B T S"],
-    cache: Cache | None = None,
+    cache: Cache | tuple[Cache, ...] | None = None,
     slot: Int[Array, ""] | None = None,
     is_training: bool = False,
     keep_inputs: bool = False,
     segment_ids: Int[Array, "B T"] | None = None,
+    layers: Sequence[Mapping[str, Any]] | None = None,
   ) -> tuple[
     Float[Array, "B T D"],
     LayerRouting | None,
-    Cache | None,
+    Cache | tuple[Cache, ...] | None,
     Float[Array, "L B T D"] | None,
   ]:
     """Runs the layers on embedded tokens.
@@ -370,6 +372,8 @@ class Decoder(nn.Module):
       is_training: turns LoRA dropout on (needs the "dropout" rng).
       keep_inputs: returns what enters each layer, to compare with others.
       segment_ids: where `mask` is causal within segments: of what.
+      layers: parameters of each layer, `pattern.by_layer` of the stacked ones:
+        run one after the other, unscanned, with a cache for each.
 
     Returns:
       final hidden states (normalised), routing stacked over layers (None
@@ -382,6 +386,9 @@ class Decoder(nn.Module):
       router = self.router(c.hidden_size)
     angles = attention.rotary_angles(positions, c.rotary_dim, c.rope_theta)
     shared = _Shared(*angles, mask, segment_ids, segments, router, slot)
+    if layers is not None:
+      x, routing, cache = self._one_by_one(layers, x, cache, shared)
+      return self.norm(x), routing, cache, None
     if self.moe.is_on:
       run = self._run_kinds(x, cache, shared, is_training, keep_inputs)
       x, (routing, cache, inputs) = run
@@ -400,22 +407,44 @@ class Decoder(nn.Module):
     return self.norm(x), routing, cache, inputs
 
   @nn.nowrap
+  def _layer(self, kind, is_training=False, keep_inputs=False) -> DecoderLayer:
+    """A layer with `kind` experts, to be given its parameters."""
+    return DecoderLayer(
+      self.config,
+      self.lora,
+      self.mole,
+      is_training,
+      keep_inputs,
+      self.moe,
+      kind,
+      parent=None,
+    )
+
+  @nn.nowrap
+  def _one_by_one(self, layers, x, caches, shared):
+    """Unscanned: no layer's weights or cache are cut from a stack."""
+    kinds = moe_lib.experts_by_layer(self.moe, self.config.num_layers)
+    routings, kept = [], []
+    for kind, params, cache in zip(kinds, layers, caches, strict=True):
+      with jax.named_scope("layers"):
+        x, (routing, cache, _) = self._layer(kind).apply(
+          {"params": params}, x, cache, shared
+        )
+      kept.append(cache)
+      if routing is not None:
+        routings.append(self._alike(routing))
+    stack = lambda *leaves: jnp.stack(leaves)
+    routing = jax.tree.map(stack, *routings) if routings else None
+    return x, routing, tuple(kept)
+
+  @nn.nowrap
   def _run_kinds(self, x, cache, shared, is_training, keep_inputs):
     """The layers where some have whole FFNs as experts, see `pattern`."""
     c = self.config
     kinds = moe_lib.experts_by_layer(self.moe, c.num_layers)
-
-    def layer(kind):
-      return DecoderLayer(
-        c,
-        self.lora,
-        self.mole,
-        is_training,
-        keep_inputs,
-        self.moe,
-        kind,
-        parent=None,
-      )
+    layer = functools.partial(
+      self._layer, is_training=is_training, keep_inputs=keep_inputs
+    )
 
     def init(key):
       keys = jax.random.split(key, c.num_layers)
@@ -470,24 +499,27 @@ class Decoder(nn.Module):
     return x, self._in_order(results)
 
   @nn.nowrap
-  def _in_order(self, results):
-    """Layers' results, stacked in the order of the layers."""
+  def _alike(self, routing: LayerRouting) -> LayerRouting:
+    """A layer's routing in the shape of the one with most experts."""
+    if not self.moe.is_on:
+      return routing
     routed = experts_of_routed_layers(self.config, self.mole, self.moe)
     width = max(routed.values())
     top_k = max(self.moe.top_k, self.mole.top_k if self.mole.has_router else 1)
+    wide = lambda a: pattern.widen(a, -1, width, 0)
+    sums = routing.sums
+    sums = sums._replace(
+      probs=wide(sums.probs), load=wide(sums.load), first=wide(sums.first)
+    )
+    return LayerRouting(sums, pattern.widen(routing.chosen, -1, top_k, -1))
 
-    def alike(routing: LayerRouting) -> LayerRouting:
-      wide = lambda a: pattern.widen(a, -1, width, 0)
-      sums = routing.sums
-      sums = sums._replace(
-        probs=wide(sums.probs), load=wide(sums.load), first=wide(sums.first)
-      )
-      return LayerRouting(sums, pattern.widen(routing.chosen, -1, top_k, -1))
-
+  @nn.nowrap
+  def _in_order(self, results):
+    """Layers' results, stacked in the order of the layers."""
     routings, caches, inputs = [], [], []
     for outputs in results:
       found = [
-        alike(routing) for routing, _, _ in outputs if routing is not None
+        self._alike(routing) for routing, _, _ in outputs if routing is not None
       ]
       if found:
         routings.append(pattern.in_order(found))

@@ -5,7 +5,7 @@ the width of the tower.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -91,7 +91,7 @@ class Output(NamedTuple):
 
   hidden: Float[Array, "B T D"]
   routing: decoder.LayerRouting | None
-  cache: decoder.Cache | None
+  cache: decoder.Cache | tuple[decoder.Cache, ...] | None
   layer_inputs: Float[Array, "L B T D"] | None
 
 
@@ -241,12 +241,22 @@ class Llava(nn.Module):
     positions: Int[Array, "B T"],
     mask: Bool[Array, "B T J"],
     is_token: Bool[Array, "B T"],
-    cache: decoder.Cache,
+    cache: decoder.Cache | tuple[decoder.Cache, ...],
     slot: Int[Array, ""],
+    layers: Sequence[Mapping[str, Any]] | None = None,
   ) -> Output:
-    """Appends embedded tokens to a cache (prefill and decode)."""
+    """Appends embedded tokens to a cache (prefill and decode).
+
+    `layers`: see `Decoder`; then `cache` is one of each layer.
+    """
     output = self.decoder(
-      x, positions, mask, is_token[..., None], cache=cache, slot=slot
+      x,
+      positions,
+      mask,
+      is_token[..., None],
+      cache=cache,
+      slot=slot,
+      layers=layers,
     )
     return Output(*output)
 

@@ -123,6 +123,17 @@ def of_layer(turn: Mapping[str, Any], run: Run, slot: int) -> dict[str, Any]:
   return layer
 
 
+def by_layer(params: Mapping[str, Any], kinds: Kinds) -> list[dict[str, Any]]:
+  """Parameters of each layer, under the names that it knows."""
+  layers = []
+  for run in runs(kinds):
+    part = of_run(params, kinds, run)
+    for number in range(run.repeats):
+      turn = jax.tree.map(lambda leaf, i=number: leaf[i], part)
+      layers += [of_layer(turn, run, i) for i in range(len(run.pattern))]
+  return layers
+
+
 def in_order(turns: Sequence[Any]) -> Any:
   """Results of the layers of a turn, [repeats, ...] each -> [layers, ...]."""
   interleave = lambda *leaves: jnp.stack(leaves, 1).reshape(

@@ -20,11 +20,13 @@ def measure(
   num_images: int,
   num_new: int,
   num_rounds: int,
+  is_unrolled: bool | None = None,
 ) -> dict[str, Any]:
   """Times answers of one token (prefill) and of `num_new`, in turn.
 
-  Nothing ends an answer early. Raises ValueError where a prompt does not hold
-  its images or the new tokens are too few to tell from prefill.
+  Nothing ends an answer early. `is_unrolled` as for a Generator. Raises
+  ValueError where a prompt does not hold its images or the new tokens are too
+  few to tell from prefill.
   """
   if num_new < 2:
     raise ValueError(f"--new-tokens={num_new} must be 2 or more.")
@@ -47,6 +49,7 @@ def measure(
     banned_ids=ids,
     image_mean=(0.5, 0.5, 0.5),
     image_std=(0.5, 0.5, 0.5),
+    is_unrolled=is_unrolled,
   )
   random = np.random.default_rng(0)
   side = model.vision.image_size

@@ -22,9 +22,11 @@ GREEDY = generate.GREEDY
 
 
 @functools.cache
-def make(num_experts):
+def make(num_experts, moe_layers="none", is_unrolled=False):
   mole = dict(num_experts=num_experts, rank=2, alpha=4.0)
-  config = llava.make_config(small.VALUES | {"mole": mole})
+  moe = dict(layers=moe_layers, num_experts=4, capacity_factor=0.0)
+  values = small.VALUES | {"mole": mole, "moe": moe}
+  config = llava.make_config(values)
   params = state.unflatten(tiny.make_params(config))
   # Strong attention, so that answers depend on what was asked, and where.
   params["decoder"]["embed_tokens"] *= 4
@@ -38,6 +40,7 @@ def make(num_experts):
     banned_ids=BANNED,
     image_mean=MEAN,
     image_std=STD,
+    is_unrolled=is_unrolled,
   )
   return config, params, generator
 
@@ -97,6 +100,22 @@ def recompute(config, params, prompt, num_tokens, penalty=1.0):
 def answer(generator, prompts, lengths=(48,), **options):
   answers = generator(prompts, max_new_tokens=7, lengths=lengths, **options)
   return [a.tokens.tolist() for a in answers]
+
+
+@pytest.mark.parametrize(
+  "num_experts, moe_layers", [(0, "none"), (3, "none"), (3, "sparse")]
+)
+def test_layers_one_by_one_say_what_scanned_ones_say(num_experts, moe_layers):
+  prompts = make_prompts()
+  scanned, unrolled = (
+    make(num_experts, moe_layers, is_unrolled)[2](prompts, max_new_tokens=7)
+    for is_unrolled in (False, True)
+  )
+  for one, other in zip(scanned, unrolled, strict=True):
+    assert one.tokens.tolist() == other.tokens.tolist()
+    np.testing.assert_array_equal(one.prompt_experts, other.prompt_experts)
+    np.testing.assert_array_equal(one.token_experts, other.token_experts)
+  assert len({tuple(one.tokens) for one in scanned}) > 3
 
 
 @pytest.mark.parametrize("num_experts", [0, 1, 3])
