@@ -174,6 +174,8 @@ def tiny() -> mlc.ConfigDict:
         r"projector/.*",
         r"visual_(start|end)",
       ),
+      # "int8": the frozen decoder's kernels take 8 bits on the devices.
+      quantize="none",
       num_steps=300,
       batch_size=16,
       max_length=272,

@@ -22,7 +22,7 @@ from rich import console as rich_console
 from mole_jax.compiled import report, search, terminal, topologies
 from mole_jax.parallel import accelerators
 from mole_jax.parallel import mesh as mesh_lib
-from mole_jax.training import command_line, state
+from mole_jax.training import command_line, quantised, state
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with :variant.", lock_config=True
@@ -114,8 +114,9 @@ def _search(
   trainable = sum(pair[0] for pair in count.values())
   frozen = sum(pair[1] for pair in count.values())
   item = jax.numpy.dtype(config["base"]["dtype"]).itemsize
+  short = sum(shapes[path].size for path in quantised.kernels(config, stage))
   # Trainable parameters and two moments, all float32.
-  held = frozen * item + trainable * 12
+  held = (frozen - short) * item + short + trainable * 12
 
   def show(found: report.Report) -> None:
     mesh = accelerators.mesh_text(found.mesh)

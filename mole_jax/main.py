@@ -210,6 +210,7 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
       print(f"error: {error}", file=sys.stderr)
       return 2
     _print_counts(stage.name, stage.counts)
+    _print_quantised(stage)
     _print_data(loader)
     _print_features(config, stage)
     trained = _train(config, stage, loader, run, base, reference)
@@ -286,6 +287,15 @@ def _print_counts(stage: str, counts: Mapping[str, tuple[int, int]]) -> None:
   totals = [sum(pair[i] for pair in counts.values()) for i in (0, 1)]
   table.add_row("all", f"{totals[0]:,}", f"{totals[1]:,}")
   console.print(table)
+
+
+def _print_quantised(stage: stage_lib.Stage) -> None:
+  if stage.quantised:
+    count = sum(stage.frozen_shapes[name].size for name in stage.quantised)
+    console.print(
+      f"stage {stage.name}: {count:,} of the frozen ones lie on the devices in "
+      "8 bits"
+    )
 
 
 def _print_data(loader: Any) -> None:

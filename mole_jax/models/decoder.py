@@ -229,6 +229,7 @@ class SelfAttention(nn.Module):
       width,
       c.attention_bias == "all",
       init_scale=self.init_scale,
+      is_input_cut=True,
       name="o_proj",
       **adapter,
     )

@@ -5,13 +5,14 @@ Einsum axes, here and in every model file:
   H head width, E experts, R LoRA rank, S segments, P patches, V vocabulary.
 """
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int8, PRNGKeyArray
 
 from mole_jax.parallel import activations
 
@@ -52,6 +53,68 @@ def _matmul_backward(residuals, dy):
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def quantised_matmul(
+  x: Float[Array, "... D"],
+  w: Int8[Array, "D F"],
+  scale: Float32[Array, " F"],
+  is_input_cut: bool = False,
+) -> Float[Array, "... F"]:
+  """`matmul` by a frozen `w * scale`, which only exists within the product.
+
+  Forward and backward make it anew, in the dtype of x: what is kept between
+  them, and gathered over the mesh, is 8 bits. `is_input_cut`: the mesh axis
+  `tensor` cuts D, not F. `w` and `scale` have no gradient.
+  """
+  y = _product(_rows(x), dequantised(w, scale, x.dtype, is_input_cut), x.dtype)
+  return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def dequantised(
+  w: Int8[Array, "D F"],
+  scale: Float32[Array, " F"],
+  dtype: jnp.dtype,
+  is_input_cut: bool = False,
+) -> Float[Array, "D F"]:
+  """`w * scale`, gathered before it is made: as 8 bits."""
+  axes = ("tensor", None) if is_input_cut else (None, "tensor")
+  w = activations.constrain(w, *axes)
+  return (w.astype(jnp.float32) * scale[None]).astype(dtype)
+
+
+def _quantised_forward(x, w, scale, is_input_cut):
+  return quantised_matmul(x, w, scale, is_input_cut), (w, scale)
+
+
+def _quantised_backward(is_input_cut, residuals, dy):
+  w = dequantised(*residuals, dy.dtype, is_input_cut)
+  dx = _product(_rows(dy), w.T, dy.dtype)
+  return dx.reshape(*dy.shape[:-1], w.shape[0]), None, None
+
+
+quantised_matmul.defvjp(_quantised_forward, _quantised_backward)
+
+
+def base_product(
+  module: nn.Module,
+  x: Float[Array, "... D"],
+  features: int,
+  init_scale: float,
+  is_input_cut: bool = False,
+) -> Float[Array, "... F"]:
+  """x times a module's "kernel", which may be held in 8 bits.
+
+  It is where "kernel_scale" stands beside it, see `training.quantised`; a
+  module never makes one.
+  """
+  shape = (x.shape[-1], features)
+  kernel = module.param("kernel", base_init(init_scale), shape)
+  if not module.has_variable("params", "kernel_scale"):
+    return matmul(x, kernel)
+  scale = module.get_variable("params", "kernel_scale")
+  return quantised_matmul(x, kernel, scale, is_input_cut)
 
 
 @jax.custom_vjp
@@ -174,7 +237,7 @@ class LoraLinear(nn.Module):
   """y = x W + b + (alpha / r) (u A) B; `rank=0` is the plain map.
 
   u is `adapter_input`, by default x: x after dropout, say, which maps of the
-  same input share.
+  same input share. `is_input_cut`: the mesh axis `tensor` cuts x, not y.
   """
 
   features: int
@@ -182,6 +245,7 @@ class LoraLinear(nn.Module):
   rank: int = 0
   alpha: float = 1.0
   init_scale: float = 1.0
+  is_input_cut: bool = False
 
   @nn.compact
   def __call__(
@@ -190,9 +254,7 @@ class LoraLinear(nn.Module):
     adapter_input: Float[Array, "... D"] | None = None,
   ) -> Float[Array, "... F"]:
     width = x.shape[-1]
-    init = base_init(self.init_scale)
-    kernel = self.param("kernel", init, (width, self.features))
-    y = matmul(x, kernel)
+    y = base_product(self, x, self.features, self.init_scale, self.is_input_cut)
     if self.use_bias:
       zeros = nn.initializers.zeros_init()
       y = y + along_last(self.param("bias", zeros, (self.features,)), y)

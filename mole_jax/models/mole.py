@@ -325,9 +325,9 @@ class ExpertsLinear(nn.Module):
     adapter_input: Float[Array, "B T D"],
   ) -> Float[Array, "B T F"]:
     c = self.config
-    init = lora.base_init(self.init_scale)
-    kernel = self.param("kernel", init, (x.shape[-1], self.features))
-    y = lora.matmul(x, kernel)
+    y = lora.base_product(
+      self, x, self.features, self.init_scale, self.is_input_cut
+    )
     zeros = nn.initializers.zeros_init()
     if self.use_bias:
       bias = self.param("bias", zeros, (self.features,))

@@ -28,6 +28,12 @@ RULES = (
     P(None, "fsdp", "tensor"),
   ),
   (r"decoder/layers/self_attn/o_proj/kernel", P(None, "tensor", "fsdp")),
+  # Scales of kernels in 8 bits.
+  (
+    rf"decoder/layers/(self_attn/[qkv]_proj|mlp/{WIDENS})/kernel_scale",
+    P(None, "tensor"),
+  ),
+  (rf"decoder/layers/(self_attn/o_proj|mlp/{NARROWS})/kernel_scale", P()),
   (r"decoder/layers/self_attn/[qkv]_proj/bias", P(None, "tensor")),
   (r"decoder/layers/self_attn/o_proj/bias", P()),
   (r"decoder/layers/self_attn/[qkv]_proj/lora_a", P(None, "fsdp", None)),

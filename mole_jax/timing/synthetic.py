@@ -19,6 +19,8 @@ from mole_jax.training import stage as stage_lib
 _LAYERS = ("decoder/layers/", "vision/layers/")
 # What ends a residual branch starts small, as in the model.
 _BRANCH_ENDS = ("o_proj", "down_proj", "out_proj", "fc2")
+# Of whole numbers from -127 to 127, all as likely.
+_INT8_STD = math.sqrt((255**2 - 1) / 12)
 
 
 def parameters(
@@ -38,23 +40,41 @@ def maker(stage: stage_lib.Stage) -> Callable[[Array], state.Flat]:
   shapes = {**stage.trainable_shapes, **stage.frozen_shapes}
   places = {**stage.shardings["trainable"], **stage.shardings["frozen"]}
 
+  widths = {
+    name: leaf.shape[-2]
+    for name, leaf in shapes.items()
+    if leaf.dtype == jnp.int8
+  }
+
   def make(key):
     keys = jax.random.split(key, len(shapes))
     return {
-      name: _draw(key, name, shapes[name])
+      name: _draw(key, name, shapes[name], widths)
       for key, name in zip(keys, sorted(shapes), strict=True)
     }
 
   return jax.jit(make, out_shardings=places)
 
 
-def _draw(key: Array, name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+def _draw(
+  key: Array,
+  name: str,
+  leaf: jax.ShapeDtypeStruct,
+  widths: Mapping[str, int],
+) -> Array:
+  """`widths`: of the inputs of kernels, by path."""
   constant = _constant(name)
   if constant is not None:
     return jnp.full(leaf.shape, constant, leaf.dtype)
+  if name.endswith("/kernel_scale"):
+    kernel = name.removesuffix("_scale")
+    std = scale(kernel, (leaf.shape[0], widths[kernel], leaf.shape[1]))
+    return jnp.full(leaf.shape, std / _INT8_STD, leaf.dtype)
   std = scale(name, leaf.shape)
 
   def draw(key, shape):
+    if leaf.dtype == jnp.int8:
+      return jax.random.randint(key, shape, -127, 128, leaf.dtype)
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(leaf.dtype)
 
   if not name.startswith(_LAYERS):

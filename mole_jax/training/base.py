@@ -16,7 +16,14 @@ import ctypes
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, NamedTuple
 
 import jax
@@ -400,6 +407,7 @@ def read_base(
   shapes: Mapping[str, jax.ShapeDtypeStruct],
   expected_sha256: str,
   optional: Collection[str] = (),
+  make: Callable[[str, jax.Array], state.Flat] | None = None,
 ) -> state.Flat:
   """Reads a base and verifies its hashes.
 
@@ -409,6 +417,8 @@ def read_base(
       device; types are those stored.
     expected_sha256: of the base; "" for any.
     optional: parameters that may be absent, since a stage trains them.
+    make: what to hold of a parameter, by its path and value. With it they are
+      read one after the other, so that no two are there whole.
 
   Raises ValueError where the base is absent, holds other parameters (all are
   listed) or has another hash.
@@ -420,7 +430,13 @@ def read_base(
     if name in reader.parameters or name not in optional
   }
   _check_fit(reader.directory, reader.parameters, shapes)
-  return reader.read_onto({n: leaf.sharding for n, leaf in shapes.items()})
+  places = {name: leaf.sharding for name, leaf in shapes.items()}
+  if make is None:
+    return reader.read_onto(places)
+  flat: state.Flat = {}
+  for name, place in places.items():
+    flat |= make(name, reader.read_onto({name: place})[name])
+  return flat
 
 
 def _check_fit(

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mole_jax.training import base as base_lib
-from mole_jax.training import files, rundir, state, upcycle
+from mole_jax.training import files, quantised, rundir, state, upcycle
 
 
 class ReadModel(NamedTuple):
@@ -241,6 +241,7 @@ def _read_frozen(trained: TrainedModel) -> state.Flat:
   """What a stage did not train, from its base."""
   config, base = trained.config, trained.base
   model_config = state.model_config(config, trained.stage)
+  kernels = quantised.kernels(config, trained.stage)
   if upcycle.is_needed(model_config, base):
     shapes = state.parameter_shapes(model_config)
     frozen = {name: shapes[name] for name in trained.frozen}
@@ -251,8 +252,10 @@ def _read_frozen(trained: TrainedModel) -> state.Flat:
     shapes,
     base.about["sha256"],
     optional=trained.trainable.shapes,
+    make=quantised.maker(kernels),
   )
-  return {name: flat[name] for name in trained.frozen}
+  scales = map(quantised.scale_of, kernels)
+  return {name: flat[name] for name in (*trained.frozen, *scales)}
 
 
 def _read_converted(reader: base_lib.BaseReader) -> ReadModel:

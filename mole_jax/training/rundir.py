@@ -30,6 +30,10 @@ CHANGES_FILE = "data_changes.jsonl"
 _ADDED = {"template": "vicuna", "image_resample": "bicubic"}
 
 
+# A stage's settings that were added, with what earlier runs did: no difference.
+_ADDED_TO_STAGES = {"quantize": "none"}
+
+
 class LockedError(RuntimeError):
   """Another process is writing to the run directory."""
 
@@ -80,6 +84,10 @@ def differences(
     path = f"{prefix}{key}"
     if key in FREE:
       continue
+    if key in _ADDED_TO_STAGES:
+      default = _ADDED_TO_STAGES[key]
+      if old.get(key, default) == new.get(key, default):
+        continue
     if key not in old or key not in new:
       side = "only in the workdir" if key in old else "new"
       lines.append(f"{path}: {side}")

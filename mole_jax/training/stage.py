@@ -12,7 +12,15 @@ from mole_jax.models import ffn, llava, moe
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.parallel import sharding
 from mole_jax.training import base as base_lib
-from mole_jax.training import features, flops, optim, state, step, upcycle
+from mole_jax.training import (
+  features,
+  flops,
+  optim,
+  quantised,
+  state,
+  step,
+  upcycle,
+)
 
 # Positions whose logits exist at one time, in each row of a batch.
 CHUNK_TOKENS = 512
@@ -51,6 +59,10 @@ class Stage:
       is_apart = self.uses_features and features.is_of_tower(key)
       shapes_of = self.tower_shapes if is_apart else self.frozen_shapes
       shapes_of[key] = jax.ShapeDtypeStruct(leaf.shape, base_dtype)
+    self.quantised = quantised.kernels(config, name)
+    for key in self.quantised:
+      leaf = self.frozen_shapes[key]
+      self.frozen_shapes |= quantised.shapes(key, leaf.shape)
     self.counts = state.count_parameters(shapes, self.settings["trainable"])
     self.optimizer, schedule = optim.make_optimizer(
       self.settings["optim"], list(trainable), self.settings["num_steps"]
@@ -142,10 +154,16 @@ class Stage:
     """First trainable state, and the frozen parameters, on the mesh.
 
     What the base does not hold (adapters; everything without a base) is
-    initialised.
+    initialised; what it holds in full and the stage in 8 bits is quantised.
     """
     base = base or {}
     self._check_frozen(base)
+    whole = tuple(
+      key for key in self.quantised if quantised.scale_of(key) not in base
+    )
+    make = quantised.maker(whole, self.shardings["frozen"])
+    for key in whole:
+      base = base | make(key, base[key])
     new = [name for name in self.trainable_shapes if name not in base]
     key = jax.random.key(seed)
     initialise = jax.jit(
@@ -188,8 +206,9 @@ class Stage:
     return features.FrozenTower(config, self.model_config, tower, self.mesh)
 
   def _check_frozen(self, base: state.Flat) -> None:
+    scales = {*map(quantised.scale_of, self.quantised)}
     frozen = [*self.tower_shapes, *self.frozen_shapes]
-    missing = [name for name in frozen if name not in base]
+    missing = [n for n in frozen if n not in base and n not in scales]
     if missing:
       raise ValueError(
         f"stage {self.name!r} freezes parameters that no base provides: "
@@ -220,9 +239,10 @@ def load_base(
 
   What the stage trains may be absent. A converted base may hold adapters, from
   which training goes on. Where the stage has experts and the base has none,
-  they become copies of its FFNs. Raises ValueError where the base is not that
-  of config.model.
+  they become copies of its FFNs. Kernels that the stage holds in 8 bits become
+  so one by one. Raises ValueError where the base is not that of config.model.
   """
+  make = quantised.maker(stage.quantised, stage.shardings["frozen"])
   reader = base_lib.BaseReader(directory, sha256)
   _check_settings(config["model"], reader)
   shapes = state.parameter_shapes(stage.model_config)
@@ -236,7 +256,7 @@ def load_base(
     flat = upcycle.read(reader, stage.model_config, shapes, optional)
     upcycle.check_copies(flat)
     return flat
-  return base_lib.read_base(directory, shapes, sha256, optional)
+  return base_lib.read_base(directory, shapes, sha256, optional, make)
 
 
 # What a user may choose anew for weights that stand: shapes stay the same.

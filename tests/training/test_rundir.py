@@ -79,3 +79,13 @@ def test_a_run_of_an_older_version_says_what_to_add(tmp_path):
   assert str(tmp_path / "config.json") in str(error.value)
   config["data"]["image_resample"] = "bicubic"
   rundir.check_age(tmp_path, config)
+
+
+def test_a_run_of_before_a_setting_goes_on_with_what_it_did(tmp_path):
+  stage = lambda **more: {"stages": {"mole": {"num_steps": 1, **more}}}
+  rundir.claim(tmp_path, stage())
+  rundir.claim(tmp_path, stage(quantize="none"))
+  (tmp_path / "config.json").unlink()
+  rundir.claim(tmp_path, stage())
+  with pytest.raises(ValueError, match="mole.quantize: new"):
+    rundir.claim(tmp_path, stage(quantize="int8"))
