@@ -84,6 +84,7 @@ def test_a_run_of_an_older_version_says_what_to_add(tmp_path):
 def test_a_run_of_before_a_setting_goes_on_with_what_it_did(tmp_path):
   stage = lambda **more: {"stages": {"mole": {"num_steps": 1, **more}}}
   rundir.claim(tmp_path, stage())
+  leave_a_checkpoint(tmp_path)
   rundir.claim(tmp_path, stage(quantize="none"))
   (tmp_path / "config.json").unlink()
   rundir.claim(tmp_path, stage())
