@@ -6,13 +6,15 @@ python -m mole_jax.bench step --config=configs/mole3.py:7b --data synthetic \
   --config.stages.mole.max_images=1 --json step.json
 python -m mole_jax.bench dispatch --experts 3 8 32
 python -m mole_jax.bench compare --config=configs/lora.py --rounds 5
+python -m mole_jax.bench curves --config=configs/mole3.py:small --json c.json
 python -m mole_jax.bench decode --config=configs/mole3.py
 python -m mole_jax.bench data --config=configs/mole3.py
 
 `step` times a config's train step: on random weights and batches, which any
 config has, and on its data where they are there. `dispatch` times one MLP with
 each strategy, beside plain LoRA and the frozen base. `compare` takes turns with
-a step of Transformers and PEFT on the same shapes (needs `.[torch]`). MFU is by
+a step of Transformers and PEFT on the same shapes (needs `.[torch]`). `curves`
+lets tokens, layers and experts grow, one point a process. MFU is by
 the formula in training/flops.py. Exit codes: 0 done; 1 it did not run (out of
 memory, say); 2 wrong usage.
 """
@@ -31,6 +33,7 @@ import rich.console
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.timing import (
   compare,
+  curves,
   decode,
   dispatch,
   machine,
@@ -151,6 +154,15 @@ def _parser() -> argparse.ArgumentParser:
   compared.add_argument(
     "--peer-adapters", choices=("float32", "bfloat16"), default="float32"
   )
+  grown = add("curves", _curves, help="cost against tokens, layers, experts")
+  grown.add_argument(
+    "--only", nargs="+", choices=curves.CURVES, default=list(curves.CURVES)
+  )
+  for name, (sizes, _) in curves.CURVES.items():
+    grown.add_argument(
+      f"--{name}", type=_positive, nargs="+", default=sizes, metavar="N"
+    )
+  grown.add_argument("--steps", type=_positive, default=5)
   answers = add("decode", _decode, help="prefill and decoding")
   answers.add_argument("--batch-size", type=_positive, default=8)
   answers.add_argument("--prompt-tokens", type=_positive, default=128)
@@ -301,6 +313,22 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
   }
   terminal.print_comparison(result, _CONSOLE)
   return result
+
+
+def _curves(args: argparse.Namespace) -> dict[str, Any]:
+  """Asks for no device: its points need it."""
+  found = {}
+  for name in args.only:
+    found[name] = curves.measure(
+      name,
+      getattr(args, name),
+      args.stage,
+      args.config_arguments,
+      args.steps,
+      lambda point, name=name: terminal.print_point(name, point, _CONSOLE),
+    )
+    terminal.print_growth(name, found[name], _CONSOLE)
+  return {"curves": found, "steps": args.steps}
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:

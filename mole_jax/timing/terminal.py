@@ -1,10 +1,12 @@
 """What `bench` prints of what it measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
 import rich.table
+
+from mole_jax.timing import curves
 
 Found = Mapping[str, Any]
 
@@ -125,6 +127,39 @@ def print_dispatch(found: Found, console: rich.console.Console) -> None:
       f"{memory['temporaries_gib']:.2f}" if memory else "",
     )
   console.print(table)
+
+
+def print_point(
+  curve: str, point: Found, console: rich.console.Console
+) -> None:
+  """One size of a curve."""
+  predicted = point["predicted_gib"]
+  console.print(
+    f"{point['size']:,} {curve}: {_spread(point['step_seconds'])} a step, "
+    f"{point['compile_seconds']:.1f} s to compile, peak of the "
+    f"{point['memory_of']} {point['peak_gib']:.2f} GiB"
+    + ("" if predicted is None else f" (predicted {predicted:.2f})")
+  )
+
+
+def print_growth(
+  curve: str, points: Sequence[Found], console: rich.console.Console
+) -> None:
+  """The powers of the size that costs follow."""
+  powers = {
+    name: curves.growth(points, key)
+    for name, key in (
+      ("a step", "step_seconds"),
+      ("its FLOPs", "flops"),
+      ("compiling", "compile_seconds"),
+      ("memory", "peak_gib"),
+    )
+  }
+  if None not in powers.values():
+    listed = ", ".join(f"{n} {power:.2f}" for n, power in powers.items())
+    console.print(
+      f"[bold]{curve}[/], power from first to last (1 linear, 0 flat): {listed}"
+    )
 
 
 def print_decode(found: Found, console: rich.console.Console) -> None:

@@ -1,0 +1,71 @@
+"""Cost against work: what a point runs, and how growth is told."""
+
+import json
+
+import pytest
+
+from mole_jax import bench, report
+from mole_jax.timing import curves, protocol
+
+# ml_collections loads configuration files in a way that is going away.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:the load_module:DeprecationWarning"
+)
+TINY = [
+  "--config=configs/mole3.py:small",
+  "--config.model.decoder.hidden_size=32",
+  "--config.model.decoder.intermediate_size=32",
+  "--config.model.vision.num_layers=1",
+  "--config.model.vision.hidden_size=64",
+]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Processes that are started see no fake devices."""
+  monkeypatch.setenv("XLA_FLAGS", "")
+
+
+def points(costs):
+  return [
+    {"size": size, "step_seconds": {"median": cost}, "peak_gib": 1.0}
+    for size, cost in costs.items()
+  ]
+
+
+def test_growth_is_the_power_of_the_size():
+  assert curves.growth(points({2: 3.0, 8: 12.0}), "step_seconds") == 1
+  assert curves.growth(points({2: 3.0, 8: 48.0}), "step_seconds") == 2
+  assert curves.growth(points({2: 3.0, 8: 48.0}), "peak_gib") == 0
+  assert curves.growth(points({2: 3.0}), "peak_gib") is None
+
+
+def test_layers_grow_where_told_and_are_drawn(tmp_path, one_device):
+  file = tmp_path / "curves.json"
+  command = ["curves", *TINY, "--only", "layers", "--layers", "3", "1"]
+  assert bench.main([*command, "--steps=1", f"--json={file}"]) == 0
+  found = json.loads(file.read_text())
+  assert found["command"] == "curves"
+  one, three = found["curves"]["layers"]
+  assert (one["size"], three["size"]) == (1, 3)
+  assert one["flops"] < three["flops"] < 3 * one["flops"]
+  assert min(three["compile_seconds"], three["peak_gib"]) > 0
+  assert report.main([f"--bench={file}", f"--out={tmp_path}"]) == 0
+  assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_point_that_does_not_run_says_why(one_device):
+  with pytest.raises(protocol.SideError, match="max_length=8 holds no 1 image"):
+    curves.measure("tokens", [8], "mole", TINY, 1, print)
+
+
+def test_a_file_without_a_picture_is_told(tmp_path, capsys):
+  other = tmp_path / "step.json"
+  other.write_text(json.dumps({"command": "step"}))
+  assert report.main(["--bench", str(other)]) == 2
+  assert "of `bench step`, which has no picture" in capsys.readouterr().err
+  other.write_text("[]")
+  assert report.main(["--bench", str(other)]) == 2
+  assert "is not what `bench ... --json` writes" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    report.main([])
