@@ -10,7 +10,8 @@ Variants, after a colon: "tiny" (default; embedded data, a base model trained
 on the spot), "smol" (SmolLM2-135M and DINOv2-S, real weights converted to
 weights/smol, the embedded data), "7b" and "13b" (LLaVA-1.5 with Vicuna, the
 paper's numbers; they need weights and data that this machine does not bring),
-"small" (shapes between these and tiny, for `mole_jax.bench` on a CPU), or a
+"small" (shapes between these and tiny, for `mole_jax.bench` on a CPU),
+"smol_shape" (SmolLM2-135M's shapes under the tower of "small", likewise), or a
 directory that `python -m mole_jax.convert from-hf` wrote (your weights, the
 embedded data), or a stage of a run.
 """
@@ -20,7 +21,7 @@ import pathlib
 
 import ml_collections as mlc
 
-VARIANTS = ("tiny", "small", "smol", "7b", "13b")
+VARIANTS = ("tiny", "small", "smol_shape", "smol", "7b", "13b")
 SMOL = "weights/smol"
 
 SYSTEM = (
@@ -40,6 +41,8 @@ def get_config(arg: str = "tiny") -> mlc.ConfigDict:
     return tiny()
   if arg == "small":
     return small()
+  if arg == "smol_shape":
+    return smol_shape()
   if arg == "smol":
     return smol()
   if arg in VARIANTS:
@@ -240,6 +243,27 @@ def small() -> mlc.ConfigDict:
   stage.batch_size = 4
   stage.max_length = 256
   stage.max_images = 1
+  return c
+
+
+def smol_shape() -> mlc.ConfigDict:
+  """SmolLM2-135M's decoder under the tower of `small`; no such weights."""
+  c = small()
+  c.variant = "smol_shape"
+  c.model.decoder.update(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    norm_eps=1e-5,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+  )
+  c.model.image_token_id = 49151
+  c.base.path = "weights/smol_shape"
   return c
 
 

@@ -8,13 +8,16 @@ python -m mole_jax.bench dispatch --experts 3 8 32
 python -m mole_jax.bench compare --config=configs/lora.py --rounds 5
 python -m mole_jax.bench curves --config=configs/mole3.py:small --json c.json
 python -m mole_jax.bench decode --config=configs/mole3.py
+python -m mole_jax.bench decode --config=configs/mole3.py:smol_shape \
+  --beside transformers --batch-size 1
 python -m mole_jax.bench data --config=configs/mole3.py
 
 `step` times a config's train step: on random weights and batches, which any
 config has, and on its data where they are there. `dispatch` times one MLP with
 each strategy, beside plain LoRA and the frozen base. `compare` takes turns with
-a step of Transformers and PEFT on the same shapes (needs `.[torch]`). `curves`
-lets tokens, layers and experts grow, one point a process. MFU is by
+a step of Transformers and PEFT on the same shapes (needs `.[torch]`); `decode
+--beside transformers` with its `generate`, without adapters on both sides.
+`curves` lets tokens, layers and experts grow, one point a process. MFU is by
 the formula in training/flops.py. Exit codes: 0 done; 1 it did not run (out of
 memory, say); 2 wrong usage.
 """
@@ -32,6 +35,7 @@ import rich.console
 
 from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.timing import (
+  beside,
   compare,
   curves,
   decode,
@@ -175,13 +179,45 @@ def _parser() -> argparse.ArgumentParser:
     default="auto",
     help="layers one by one, or scanned (default: as generation chooses)",
   )
+  _add_beside(answers)
   data = add("data", _data, help="batches alone, as fast as they come")
   data.add_argument("--batches", type=_positive, default=50)
-  # Not for people: one of compare's sides, and a start that is timed.
+  # Not for people: sides of comparisons, and a start that is timed.
   add("worker", _worker)
+  side = add("decode-worker", _decode_worker)
+  for name in ("--batch-size", "--prompt-tokens", "--images", "--new-tokens"):
+    side.add_argument(name, type=int, required=True)
   starter = add("starter", _starter)
   starter.add_argument("--cache", type=pathlib.Path, required=True)
   return parser
+
+
+def _add_beside(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    "--beside", choices=(beside.PEER,), help="take turns with it"
+  )
+  command.add_argument(
+    "--only", choices=(beside.OURS, beside.PEER), help="with --beside: one side"
+  )
+  command.add_argument(
+    "--sequential",
+    action="store_true",
+    help="with --beside: one side after the other",
+  )
+
+
+def _names_beside(args: argparse.Namespace) -> list[str]:
+  """The sides, none without --beside; ValueError for flags that need it."""
+  if args.beside:
+    return [args.only] if args.only else [beside.OURS, beside.PEER]
+  for name in ("only", "sequential"):
+    if getattr(args, name):
+      raise ValueError(f"--{name} needs --beside {beside.PEER}.")
+  return []
+
+
+def _print_ready(side: str, about: dict[str, Any]) -> None:
+  _CONSOLE.print(f"{side} is ready: {about}", markup=False)
 
 
 def _positive(text: str) -> int:
@@ -301,11 +337,9 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     found = compare.take_turns(
       sides,
       args.rounds,
-      args.steps,
+      [args.steps],
       is_sequential=args.sequential,
-      on_ready=lambda side, about: _CONSOLE.print(
-        f"{side} is ready: {about}", markup=False
-      ),
+      on_ready=_print_ready,
     )
   result = {
     "is_sequential": args.sequential,
@@ -332,6 +366,9 @@ def _curves(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
+  names = _names_beside(args)
+  if names:
+    return _decode_beside(args, names)
   found = decode.measure(
     _make_stage(args),
     batch_size=args.batch_size,
@@ -343,6 +380,51 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
   )
   terminal.print_decode(found, _CONSOLE)
   return found
+
+
+def _decode_beside(
+  args: argparse.Namespace, names: list[str]
+) -> dict[str, Any]:
+  """Asks for no device before the sides are done: they need it."""
+  shape = {
+    key: getattr(args, key)
+    for key in ("batch_size", "prompt_tokens", "images", "new_tokens")
+  }
+  flags = [f"--{k.replace('_', '-')}={value}" for k, value in shape.items()]
+  ours = ["--stage", args.stage, *flags, *args.config_arguments]
+  spec = beside.decode_spec(args.config, shape)
+  with beside.sides("decode", names, ours, spec) as sides:
+    found = compare.take_turns(
+      sides,
+      args.rounds,
+      [1, args.new_tokens],
+      is_sequential=args.sequential,
+      on_ready=_print_ready,
+    )
+  result = beside.decode_summary(shape, found)
+  result["is_sequential"] = args.sequential
+  terminal.print_decode_beside(result, _CONSOLE)
+  return result
+
+
+def _decode_worker(args: argparse.Namespace) -> dict[str, Any]:
+  args.config = beside.without_adapters(args.config, args.stage)
+  timed = decode.answering(
+    _make_stage(args),
+    batch_size=args.batch_size,
+    num_prompt=args.prompt_tokens,
+    num_images=args.images,
+  )
+  about = {
+    "program": "mole_jax",
+    "first_call_seconds": [timed(1), timed(args.new_tokens)],
+    "device_kind": jax.devices()[0].device_kind,
+    "versions": machine.versions(),
+  }
+  turn = lambda count: {"seconds": [timed(count)], "losses": []}
+  last = lambda: {"memory": machine.peak_memory(jax.local_devices())}
+  protocol.serve(about, turn, last)
+  return {}
 
 
 def _data(args: argparse.Namespace) -> dict[str, Any]:

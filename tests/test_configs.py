@@ -89,3 +89,8 @@ def test_dense_mixture_trains_its_router_with_the_language_loss():
   config = rundir.plain(small_run.read_config("dense"))
   model = state.model_config(config, "mole").mole
   assert (model.top_k, model.gate) == (model.num_experts, "prob")
+
+
+def test_smol_shape_has_the_parameters_of_smollm2_135m():
+  counts = make_stage("mole3", "smol_shape").counts
+  assert counts["decoder"][1] == 134_515_008

@@ -30,21 +30,28 @@ LLAMA = {
 }
 
 
+def unlike_llava(model: Mapping[str, Any]) -> str | None:
+  """What a section `model` has that no LLaVA of the peers has."""
+  shape = decoder.DecoderConfig(**model["decoder"])
+  unlike = [k for k, value in LLAMA.items() if getattr(shape, k) != value]
+  if model["vision"]["family"] != "clip":
+    return f"has a {model['vision']['family']} tower"
+  if unlike:
+    return f"has a decoder that is no Llama ({', '.join(unlike)})"
+  return None
+
+
 def peer_spec(config: Mapping[str, Any], stage_name: str) -> dict[str, Any]:
   """What the peer builds; ValueError for what it cannot."""
   stage, model = config["stages"][stage_name], config["model"]
   mole, lora = model["mole"], model["lora"]
-  shape = decoder.DecoderConfig(**model["decoder"])
-  unlike = [k for k, value in LLAMA.items() if getattr(shape, k) != value]
-  problem = None
+  unlike, problem = unlike_llava(model), None
   if not stage["use_adapters"] or not mole["num_experts"]:
     problem = "trains no adapters"
   elif stage.get("use_experts", False):
     problem = "has whole FFNs as experts"
-  elif model["vision"]["family"] != "clip":
-    problem = f"has a {model['vision']['family']} tower"
   elif unlike:
-    problem = f"has a decoder that is no Llama ({', '.join(unlike)})"
+    problem = unlike
   elif mole["num_experts"] > 1 and mole["top_k"] > 1:
     problem = f"uses {mole['top_k']} experts a token"
   elif mole["num_experts"] == 1 and (lora["rank"], lora["alpha"]) != (
@@ -94,13 +101,14 @@ def sides(
 def take_turns(
   sides: Sequence[protocol.Side],
   num_rounds: int,
-  steps_a_round: int,
+  turns: Sequence[int],
   *,
   is_sequential: bool,
   on_ready: Callable[[str, Mapping[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
-  """Runs the sides' steps; what each says, and its seconds by round.
+  """Runs the sides; what each says, and its seconds by round.
 
+  In a round a side is told each number of `turns`, one after another.
   Raises protocol.SideError where a side fails.
   """
   found: dict[str, dict[str, Any]] = {}
@@ -112,9 +120,9 @@ def take_turns(
     return process
 
   def turn(name: str, process: protocol.Process) -> None:
-    answer = process.steps(steps_a_round)
-    found[name]["rounds"].append(answer["seconds"])
-    found[name]["losses"] += answer["losses"]
+    answers = [process.steps(count) for count in turns]
+    found[name]["rounds"].append([s for one in answers for s in one["seconds"]])
+    found[name]["losses"] += [x for one in answers for x in one["losses"]]
 
   if is_sequential:
     for side in sides:

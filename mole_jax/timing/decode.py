@@ -1,6 +1,7 @@
 """Prefill and decoding of a stage's model, on random weights and prompts."""
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,18 +26,85 @@ def measure(
   """Times answers of one token (prefill) and of `num_new`, in turn.
 
   Nothing ends an answer early. `is_unrolled` as for a Generator. Raises
-  ValueError where a prompt does not hold its images or the new tokens are too
-  few to tell from prefill.
+  ValueError as `check` does.
+  """
+  check(stage.model_config.num_image_tokens, num_prompt, num_images, num_new)
+  timed = answering(
+    stage,
+    batch_size=batch_size,
+    num_prompt=num_prompt,
+    num_images=num_images,
+    is_unrolled=is_unrolled,
+  )
+  calls = [lambda: timed(1), lambda: timed(num_new)]
+  compile_and_run = clock.interleave(calls, 1)
+  prefill, whole = clock.interleave(calls, num_rounds)
+  return {
+    "batch_size": batch_size,
+    "prompt_tokens": num_prompt,
+    "images": num_images,
+    "new_tokens": num_new,
+    "first_call_seconds": [row[0] for row in compile_and_run],
+    **rates(prefill, whole, batch_size, num_prompt, num_new),
+    "memory": machine.peak_memory(jax.local_devices()),
+  }
+
+
+def check(
+  num_image_tokens: int, num_prompt: int, num_images: int, num_new: int
+) -> None:
+  """Raises ValueError where a prompt does not hold its images.
+
+  And where the new tokens are too few to tell from prefill.
   """
   if num_new < 2:
     raise ValueError(f"--new-tokens={num_new} must be 2 or more.")
-  model = stage.model_config
-  taken = num_images * model.num_image_tokens
+  if num_images < 0:
+    raise ValueError(f"--images={num_images} must be 0 or more.")
+  taken = num_images * num_image_tokens
   if taken + 2 > num_prompt:
     raise ValueError(
       f"--prompt-tokens={num_prompt} does not hold {num_images} image(s) of "
-      f"{model.num_image_tokens} tokens; use {taken + 2} or more."
+      f"{num_image_tokens} tokens; use {taken + 2} or more."
     )
+
+
+def rates(
+  prefill: Sequence[float],
+  whole: Sequence[float],
+  batch_size: int,
+  num_prompt: int,
+  num_new: int,
+) -> dict[str, Any]:
+  """What answers of one token and of `num_new` come to, seconds by round.
+
+  `new_tokens_per_second` is None where other work on the machine hid what the
+  tokens after the first cost.
+  """
+  step = (np.subtract(whole, prefill) / (num_new - 1)).tolist()
+  median = clock.summary(step)["median"]
+  return {
+    "prefill_seconds": clock.summary(prefill),
+    "seconds": clock.summary(whole),
+    "seconds_a_token": clock.summary(step),
+    "new_tokens_per_second": batch_size / median if median > 0 else None,
+    "prompt_tokens_per_second": batch_size
+    * num_prompt
+    / clock.summary(prefill)["median"],
+  }
+
+
+def answering(
+  stage: stage_lib.Stage,
+  *,
+  batch_size: int,
+  num_prompt: int,
+  num_images: int,
+  is_unrolled: bool | None = None,
+) -> Callable[[int], float]:
+  """A function from a number of new tokens to the seconds of an answer."""
+  model = stage.model_config
+  taken = num_images * model.num_image_tokens
   start, frozen = synthetic.parameters(stage)
   params = state.unflatten({**frozen, **start.trainable})
   vocab_size = model.decoder.vocab_size
@@ -63,37 +131,19 @@ def measure(
     prompts.append(generator.Prompt(row, images))
 
   def timed(count):
-    def call():
-      began = time.perf_counter()
-      answer(
-        prompts,
-        max_new_tokens=count,
-        batch_size=batch_size,
-        lengths=(num_prompt,),
-        # An id that no model has: answers run to their full length.
-        eos_id=-1,
-      )
-      return time.perf_counter() - began
+    began = time.perf_counter()
+    answers = answer(
+      prompts,
+      max_new_tokens=count,
+      batch_size=batch_size,
+      lengths=(num_prompt,),
+      # An id that no model has: answers run to their full length.
+      eos_id=-1,
+    )
+    seconds = time.perf_counter() - began
+    got = {len(one.tokens) for one in answers}
+    if got != {count}:
+      raise RuntimeError(f"answers of {got} tokens; wanted {count} in each.")
+    return seconds
 
-    return call
-
-  calls = [timed(1), timed(num_new)]
-  compile_and_run = clock.interleave(calls, 1)
-  prefill, whole = clock.interleave(calls, num_rounds)
-  step = np.subtract(whole, prefill) / (num_new - 1)
-  median = clock.summary(step.tolist())["median"]
-  return {
-    "batch_size": batch_size,
-    "prompt_tokens": num_prompt,
-    "images": num_images,
-    "new_tokens": num_new,
-    "first_call_seconds": [row[0] for row in compile_and_run],
-    "prefill_seconds": clock.summary(prefill),
-    "seconds": clock.summary(whole),
-    "seconds_a_token": clock.summary(step.tolist()),
-    "new_tokens_per_second": batch_size / median,
-    "prompt_tokens_per_second": batch_size
-    * num_prompt
-    / clock.summary(prefill)["median"],
-    "memory": machine.peak_memory(jax.local_devices()),
-  }
+  return timed

@@ -1,8 +1,9 @@
-"""How `bench compare` speaks with the programs that it times.
+"""How `bench` speaks with the programs that it compares.
 
 Each runs in a process of its own and stays there between turns: it sends a
-line when it is ready, does as many steps as it is told to, and sends their
-seconds. Imports neither jax nor torch, since both sides use it.
+line when it is ready, then, for each number that it is told (steps, tokens of
+an answer, records), one with the seconds they took. Imports neither jax nor
+torch, since both sides use it.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ class Process:
       raise
 
   def steps(self, count: int) -> dict[str, Any]:
-    """What `count` steps took: {"seconds": [...], "losses": [...]}."""
+    """What a turn took: {"seconds": [...]}, of steps {"losses": [...]} too."""
     self._send(str(count))
     return self._answer()
 

@@ -99,12 +99,7 @@ def print_comparison(found: Found, console: rich.console.Console) -> None:
     )
     print_memory(values["memory"], console)
   if "peer_over_ours" in found:
-    ratio = found["peer_over_ours"]
-    console.print(
-      f"[bold]peft / mole_jax[/]: {ratio['median']:.3f} (quartiles "
-      f"{ratio['quartile_1']:.3f} to {ratio['quartile_3']:.3f}, "
-      f"{ratio['count']} rounds); above 1 mole_jax is faster"
-    )
+    _print_ratio("peft / mole_jax", found["peer_over_ours"], console)
 
 
 def print_dispatch(found: Found, console: rich.console.Console) -> None:
@@ -169,11 +164,38 @@ def print_decode(found: Found, console: rich.console.Console) -> None:
     f"{found['batch_size']} x {found['prompt_tokens']} tokens, "
     f"{found['prompt_tokens_per_second']:,.0f} tokens/s"
   )
+  rate = found["new_tokens_per_second"]
   console.print(
     f"[bold]decode[/]: {_spread(found['seconds_a_token'])} a token, "
-    f"{found['new_tokens_per_second']:,.1f} tokens/s"
+    + (
+      "not told from prefill: use more --new-tokens or --rounds"
+      if rate is None
+      else f"{rate:,.1f} tokens/s"
+    )
   )
   print_memory(found["memory"], console)
+
+
+def print_decode_beside(found: Found, console: rich.console.Console) -> None:
+  """Both sides and their ratios."""
+  for side, values in found["sides"].items():
+    console.print(f"[bold]{side}[/], no adapters")
+    print_decode(
+      {**{k: found[k] for k in ("batch_size", "prompt_tokens")}, **values},
+      console,
+    )
+  for what, ratio in found.get("peer_over_ours", {}).items():
+    _print_ratio(f"transformers / mole_jax, {what}", ratio, console)
+
+
+def _print_ratio(
+  title: str, ratio: Found, console: rich.console.Console
+) -> None:
+  console.print(
+    f"[bold]{title}[/]: {ratio['median']:.3f} (quartiles "
+    f"{ratio['quartile_1']:.3f} to {ratio['quartile_3']:.3f}, "
+    f"{ratio['count']} rounds); above 1 mole_jax is faster"
+  )
 
 
 def print_data(found: Found, console: rich.console.Console) -> None:

@@ -31,7 +31,7 @@ def test_sides_take_turns_and_their_ratio_is_by_round(is_sequential):
   found = compare.take_turns(
     [make_side(compare.OURS, 1), make_side(compare.PEER, 3)],
     num_rounds=2,
-    steps_a_round=2,
+    turns=(2,),
     is_sequential=is_sequential,
     on_ready=lambda name, about: ready.append((name, about["program"])),
   )

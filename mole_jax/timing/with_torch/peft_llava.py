@@ -24,6 +24,7 @@ import transformers
 from torch import nn
 
 from mole_jax.timing import protocol
+from mole_jax.timing.with_torch import llava
 
 GIB = 2**30
 CHECKPOINTING = ("auto", "off", "on")
@@ -72,7 +73,7 @@ class Peer:
     torch.manual_seed(0)
     self.spec, self.device = spec, torch.device(device)
     self.is_half = spec["dtype"] == "bfloat16"
-    self.model = _make_model(spec, self.device)
+    self.model = llava.make_model(spec, self.device)
     num_experts = spec["mole"]["num_experts"]
     linears = "q_proj|k_proj|v_proj|o_proj"
     if num_experts == 1:
@@ -140,57 +141,12 @@ class Peer:
     return float(loss.detach())  # Waits for the device.
 
 
-def _make_model(spec: dict[str, Any], device: torch.device) -> nn.Module:
-  """Made on the device, in the type in which it stays."""
-  vision, decoder = spec["vision"], spec["decoder"]
-  shared = ("hidden_size", "intermediate_size")
-  tower = transformers.CLIPVisionConfig(
-    **{key: vision[key] for key in shared},
-    num_hidden_layers=vision["num_layers"],
-    num_attention_heads=vision["num_heads"],
-    image_size=vision["image_size"],
-    patch_size=vision["patch_size"],
-    hidden_act=vision["hidden_act"],
-  )
-  text = transformers.LlamaConfig(
-    **{key: decoder[key] for key in shared},
-    num_hidden_layers=decoder["num_layers"],
-    num_attention_heads=decoder["num_heads"],
-    num_key_value_heads=decoder["num_kv_heads"],
-    head_dim=decoder["head_dim"],
-    vocab_size=decoder["vocab_size"],
-    rms_norm_eps=decoder["norm_eps"],
-    max_position_embeddings=decoder["max_position_embeddings"],
-    tie_word_embeddings=decoder["tie_word_embeddings"],
-    use_cache=False,
-  )
-  config = transformers.LlavaConfig(
-    vision_config=tower,
-    text_config=text,
-    image_token_index=spec["image_token_id"],
-    image_token_id=spec["image_token_id"],
-    vision_feature_layer=vision["feature_layer"],
-    vision_feature_select_strategy="default",
-    image_seq_length=_num_patches(spec),
-  )
-  dtype = getattr(torch, spec["dtype"])
-  with device:
-    return transformers.AutoModelForImageTextToText.from_config(
-      config, dtype=dtype, attn_implementation="sdpa"
-    )
-
-
-def _num_patches(spec: dict[str, Any]) -> int:
-  vision = spec["vision"]
-  return (vision["image_size"] // vision["patch_size"]) ** 2
-
-
 def _make_batch(
   spec: dict[str, Any], device: torch.device
 ) -> dict[str, torch.Tensor]:
   """Full rows of random tokens, images at their start."""
   rows, length = spec["batch_size"], spec["max_length"]
-  taken = spec["max_images"] * _num_patches(spec)
+  taken = spec["max_images"] * llava.num_patches(spec)
   image, side = spec["image_token_id"], spec["vision"]["image_size"]
   ids = torch.randint(4, spec["decoder"]["vocab_size"], (rows, length))
   ids[ids == image] = 4 if image != 4 else 5
