@@ -11,13 +11,17 @@ python -m mole_jax.bench decode --config=configs/mole3.py
 python -m mole_jax.bench decode --config=configs/mole3.py:smol_shape \
   --beside transformers --batch-size 1
 python -m mole_jax.bench data --config=configs/mole3.py
+python -m mole_jax.bench data --config=configs/mole3.py --beside transformers
 
 `step` times a config's train step: on random weights and batches, which any
 config has, and on its data where they are there. `dispatch` times one MLP with
 each strategy, beside plain LoRA and the frozen base. `compare` takes turns with
 a step of Transformers and PEFT on the same shapes (needs `.[torch]`); `decode
 --beside transformers` with its `generate`, without adapters on both sides.
-`curves` lets tokens, layers and experts grow, one point a process. MFU is by
+`data --beside transformers`: on one thread each side decodes, pads and resizes
+a record's pictures to the same uint8 size and turns its conversation, templated
+and images expanded, into ids (ours makes labels too). `curves` lets tokens,
+layers and experts grow, one point a process. MFU is by
 the formula in training/flops.py. Exit codes: 0 done; 1 it did not run (out of
 memory, say); 2 wrong usage.
 """
@@ -182,11 +186,19 @@ def _parser() -> argparse.ArgumentParser:
   _add_beside(answers)
   data = add("data", _data, help="batches alone, as fast as they come")
   data.add_argument("--batches", type=_positive, default=50)
+  data.add_argument(
+    "--records", type=_positive, default=200, help="with --beside: in a round"
+  )
+  data.add_argument("--rounds", type=_positive, default=5)
+  _add_beside(data)
   # Not for people: sides of comparisons, and a start that is timed.
   add("worker", _worker)
+  side = add("data-worker", _data_worker)
+  side.add_argument("--records", type=int, required=True)
   side = add("decode-worker", _decode_worker)
   for name in ("--batch-size", "--prompt-tokens", "--images", "--new-tokens"):
     side.add_argument(name, type=int, required=True)
+  side.add_argument("--unrolled", choices=_UNROLLED, default="auto")
   starter = add("starter", _starter)
   starter.add_argument("--cache", type=pathlib.Path, required=True)
   return parser
@@ -391,7 +403,8 @@ def _decode_beside(
     for key in ("batch_size", "prompt_tokens", "images", "new_tokens")
   }
   flags = [f"--{k.replace('_', '-')}={value}" for k, value in shape.items()]
-  ours = ["--stage", args.stage, *flags, *args.config_arguments]
+  ours = ["--stage", args.stage, "--unrolled", args.unrolled, *flags]
+  ours += args.config_arguments
   spec = beside.decode_spec(args.config, shape)
   with beside.sides("decode", names, ours, spec) as sides:
     found = compare.take_turns(
@@ -414,6 +427,7 @@ def _decode_worker(args: argparse.Namespace) -> dict[str, Any]:
     batch_size=args.batch_size,
     num_prompt=args.prompt_tokens,
     num_images=args.images,
+    is_unrolled=_UNROLLED[args.unrolled],
   )
   about = {
     "program": "mole_jax",
@@ -428,10 +442,49 @@ def _decode_worker(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _data(args: argparse.Namespace) -> dict[str, Any]:
+  names = _names_beside(args)
+  if names:
+    return _data_beside(args, names)
   model = state.model_config(args.config, args.stage)
   found = real.time_batches(args.config, args.stage, model, args.batches)
   terminal.print_data(found, _CONSOLE)
   return found
+
+
+def _data_beside(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+  """One process and one thread on either side."""
+  rows = beside.data_records(args.config, args.stage, args.records)
+  ours = ["--stage", args.stage, f"--records={len(rows)}"]
+  ours += args.config_arguments
+  model = state.model_config(args.config, args.stage)
+  spec = beside.data_spec(args.config, model.num_image_tokens, rows)
+  with beside.sides("data", names, ours, spec) as sides:
+    found = compare.take_turns(
+      sides,
+      args.rounds,
+      [len(rows)],
+      is_sequential=args.sequential,
+      on_ready=_print_ready,
+    )
+  result = beside.data_summary(len(rows), found)
+  result["is_sequential"] = args.sequential
+  terminal.print_data_beside(result, _CONSOLE)
+  return result
+
+
+def _data_worker(args: argparse.Namespace) -> dict[str, Any]:
+  rows = beside.data_records(args.config, args.stage, args.records)
+  model = state.model_config(args.config, args.stage)
+  prepare = beside.preparing(
+    args.config, args.stage, model.num_image_tokens, rows
+  )
+  prepare(len(rows))  # The first calls are slower.
+  _, tokens, pixels = prepare(len(rows))
+  about = {"program": "mole_jax", "tokens": tokens, "pixels": pixels}
+  about["versions"] = machine.versions()
+  turn = lambda count: {"seconds": [prepare(count)[0]], "losses": []}
+  protocol.serve(about, turn, dict)
+  return {}
 
 
 def _worker(args: argparse.Namespace) -> dict[str, Any]:

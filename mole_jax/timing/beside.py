@@ -4,16 +4,21 @@ As in timing/compare.py each side runs in a process of its own on the same
 cores, and both take turns.
 """
 
+import base64
 import contextlib
 import copy
+import itertools
 import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mole_jax.data import encoding, images, records, templates
 from mole_jax.timing import clock, compare, decode, protocol
+from mole_jax.training import feed
 
 OURS, PEER = "mole_jax", "transformers"
 _PROGRAMS = "mole_jax.timing.with_torch"
@@ -100,4 +105,118 @@ def decode_summary(
       for key in columns[OURS]
       if all(min(side[key]) > 0 for side in columns.values())
     }
+  return result
+
+
+def data_records(
+  config: Mapping[str, Any], stage_name: str, count: int
+) -> list[records.Record]:
+  """The first records of the stage's conversations, each set's in turn.
+
+  Raises ValueError where the peer has no such template or no record is there.
+  """
+  if config["data"]["template"] != "vicuna":
+    raise ValueError(
+      f"config.data.template={config['data']['template']!r}; --beside "
+      f"{PEER} writes conversations as 'vicuna' alone."
+    )
+  lines = config["stages"][stage_name]["mixture"].values()
+  sets = [
+    records.open_records(line["name"], line["split"])
+    for line in lines
+    if line["format"] == "chat"
+  ]
+  most = min((len(rows) for rows in sets), default=0)
+  found = [rows[i] for i in range(min(most, count)) for rows in sets][:count]
+  if not found:
+    raise ValueError(
+      f"config.stages.{stage_name}.mixture has no conversations; wanted a line "
+      "with format 'chat'."
+    )
+  return found
+
+
+def data_spec(
+  config: Mapping[str, Any],
+  num_image_tokens: int,
+  rows: Sequence[records.Record],
+) -> dict[str, Any]:
+  """What the peer prepares, and how."""
+  text, data = feed.read_tokenizer(config), config["data"]
+  preparation = images.preparation_of(config)
+  return {
+    "records": [
+      {
+        "images": [base64.b64encode(x).decode() for x in row["images"]],
+        "turns": [dict(turn) for turn in row["turns"]],
+      }
+      for row in rows
+    ],
+    "image_size": preparation.image_size,
+    "background": preparation.background,
+    "resample": int(images.FILTERS[preparation.resample]),
+    "num_image_tokens": num_image_tokens,
+    "tokenizer": str(text.path),
+    "names": dict(text.names),
+    "system": data["system"],
+    "use_bos": data["use_bos"],
+  }
+
+
+def preparing(
+  config: Mapping[str, Any],
+  stage_name: str,
+  num_image_tokens: int,
+  rows: Sequence[records.Record],
+) -> Callable[[int], tuple[float, int, int]]:
+  """A function from a number of records to seconds, tokens and a pixel sum.
+
+  It decodes, pads and resizes their pictures to uint8 and encodes their
+  conversations, in this thread.
+  """
+  text, data = feed.read_tokenizer(config), config["data"]
+  stage = config["stages"][stage_name]
+  preparation = images.preparation_of(config)
+  encoder = encoding.Encoder(
+    text,
+    "chat",
+    num_image_tokens=num_image_tokens,
+    max_length=stage["max_length"],
+    max_images=stage["max_images"],
+    system=data["system"],
+    use_bos=data["use_bos"],
+    template=templates.read_template(data["template"], text),
+  )
+
+  def prepare(count):
+    tokens = pixels = 0
+    began = time.perf_counter()
+    for row in itertools.islice(itertools.cycle(rows), count):
+      made = [images.decode_image(x, preparation) for x in row["images"]]
+      ids = encoder.encode(records.without_images(row)).input_ids
+      tokens += len(ids)
+      pixels += sum(x.size for x in made)
+    return time.perf_counter() - began, tokens, pixels
+
+  return prepare
+
+
+def data_summary(
+  count: int, found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """Samples a second of each side; theirs over ours by round."""
+  seconds = {
+    name: [row[0] for row in side["rounds"]] for name, side in found.items()
+  }
+  result: dict[str, Any] = {"records": count, "sides": {}}
+  for name, side in found.items():
+    spread = clock.summary(seconds[name])
+    rate = count / spread["median"]
+    result["sides"][name] = {
+      **side,
+      "seconds": spread,
+      "samples_per_second": rate,
+    }
+  if OURS in seconds and PEER in seconds:
+    result["peer_over_ours"] = clock.ratio(seconds[PEER], seconds[OURS])
   return result

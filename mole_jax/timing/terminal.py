@@ -212,6 +212,19 @@ def print_data(found: Found, console: rich.console.Console) -> None:
   )
 
 
+def print_data_beside(found: Found, console: rich.console.Console) -> None:
+  """Both sides and their ratio."""
+  for side, values in found["sides"].items():
+    console.print(
+      f"[bold]{side}[/]: {values['samples_per_second']:,.1f} samples/s on one "
+      f"core, {values['tokens']:,} tokens and {values['pixels']:,} values of "
+      f"pixels in {found['records']} records"
+    )
+  if "peer_over_ours" in found:
+    ratio = found["peer_over_ours"]
+    _print_ratio("transformers / mole_jax", ratio, console)
+
+
 def _spread(seconds: Found) -> str:
   return (
     f"{seconds['median']:.4f} s (quartiles {seconds['quartile_1']:.4f} to "

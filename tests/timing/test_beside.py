@@ -82,3 +82,23 @@ def test_flags_of_a_comparison_need_one(capsys):
   flags = ["decode", "--config=configs/mole3.py", "--only=transformers"]
   assert bench.main(flags) == 2
   assert "--only needs --beside transformers" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings(LOAD_MODULE)
+def test_both_sides_make_as_many_tokens_and_pixels_of_a_record(tmp_path):
+  file = tmp_path / "found.json"
+  flags = ["--config=configs/mole3.py", "--beside=transformers", "--rounds=1"]
+  assert bench.main(["data", *flags, "--records=6", "--json", str(file)]) == 0
+  found = json.loads(file.read_text())
+  ours, peer = (found["sides"][n] for n in (beside.OURS, beside.PEER))
+  assert ours["tokens"] == peer["tokens"] > 0
+  assert ours["pixels"] == peer["pixels"] > 0
+  assert peer["threads"] == 1
+  assert found["peer_over_ours"]["count"] == 1
+
+
+def test_conversations_of_another_template_are_refused():
+  config = small_run.make_config()
+  config["data"]["template"] = "chatml"
+  with pytest.raises(ValueError, match="as 'vicuna' alone"):
+    beside.data_records(config, "mole", 2)
