@@ -373,7 +373,7 @@ def _curves(args: argparse.Namespace) -> dict[str, Any]:
       args.steps,
       lambda point, name=name: terminal.print_point(name, point, _CONSOLE),
     )
-    terminal.print_growth(name, found[name], _CONSOLE)
+    terminal.print_growth(name, found[name]["powers"], _CONSOLE)
   return {"curves": found, "steps": args.steps}
 
 

@@ -9,7 +9,6 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from mole_jax.reporting import figures, palette
-from mole_jax.timing import curves
 
 # Title and key of the costs of a point.
 _COSTS = (
@@ -68,19 +67,20 @@ def _title(found: Mapping[str, Any]) -> str:
   return "; ".join(str(part) for part in parts)
 
 
-def cost_curves(found: Mapping[str, Any]) -> matplotlib.figure.Figure:
+def cost_curves(bench: Mapping[str, Any]) -> matplotlib.figure.Figure:
   """A row for each curve, a panel for each cost; both axes are logarithmic.
 
   The dashed line through the first point is what linear would be.
   """
-  rows = found["curves"]
+  rows = bench["curves"]
   figure = figures.new_figure(9.5, 2.5 * len(rows) + 0.5)
   panels = figure.subplots(len(rows), len(_COSTS), squeeze=False)
-  for axes, (name, points) in zip(panels, rows.items(), strict=True):
-    sizes = [point["size"] for point in points]
+  for axes, (name, curve) in zip(panels, rows.items(), strict=True):
+    sizes = [point["size"] for point in curve["points"]]
     for ax, (title, key) in zip(axes, _COSTS, strict=True):
-      costs = [curves.value(point, key) for point in points]
-      power = curves.growth(points, key)
+      found = [point[key] for point in curve["points"]]
+      costs = [x["median"] if isinstance(x, dict) else x for x in found]
+      power = curve["powers"][key]
       note = "" if power is None else f", power {power:.2f}"
       figures.tidy(ax, f"{title}{note}")
       ax.plot(sizes, costs, "o-", color=palette.LINE_COLOURS[0], markersize=4)

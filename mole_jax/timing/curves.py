@@ -30,6 +30,7 @@ CURVES = {
   "layers": ((2, 4, 8, 16, 32), ("model.decoder.num_layers={}",)),
   "experts": ((2, 4, 8, 16, 32, 64), ("model.mole.num_experts={}",)),
 }
+COSTS = ("step_seconds", "flops", "compile_seconds", "peak_gib")
 
 
 def flags(curve: str, size: int, stage: str) -> list[str]:
@@ -45,17 +46,18 @@ def measure(
   config_arguments: Sequence[str],
   num_steps: int,
   on_point: Callable[[dict[str, Any]], None],
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
   """Times every size, smallest first; each point goes to `on_point`, too.
 
-  Raises protocol.SideError where a point does not run.
+  Returns the points, and the powers with which COSTS grow. Raises protocol.SideError where a point does not run.
   """
   points = []
   for size in sorted(sizes):
     arguments = [*config_arguments, *flags(curve, size, stage)]
     points.append({"size": size, **_point(stage, arguments, num_steps)})
     on_point(points[-1])
-  return points
+  powers = {key: growth(points, key) for key in COSTS}
+  return {"points": points, "powers": powers}
 
 
 def _point(stage: str, arguments: Sequence[str], num_steps: int) -> dict:
@@ -85,14 +87,10 @@ def growth(points: Sequence[dict[str, Any]], key: str) -> float | None:
 
   1 is linear, 0 flat. None for a single point.
   """
-  first, last = points[0], points[-1]
-  if first["size"] == last["size"]:
+  ends = points[0], points[-1]
+  sizes = [point["size"] for point in ends]
+  if sizes[0] == sizes[1]:
     return None
-  by_size = math.log(last["size"] / first["size"])
-  return math.log(value(last, key) / value(first, key)) / by_size
-
-
-def value(point: dict[str, Any], key: str) -> float:
-  """A cost of a point: seconds, GiB or FLOPs."""
-  found = point[key]
-  return found["median"] if isinstance(found, dict) else found
+  found = [point[key] for point in ends]
+  costs = [x["median"] if isinstance(x, dict) else x for x in found]
+  return math.log(costs[1] / costs[0]) / math.log(sizes[1] / sizes[0])

@@ -1,12 +1,10 @@
 """What `bench` prints of what it measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import rich.console
 import rich.table
-
-from mole_jax.timing import curves
 
 Found = Mapping[str, Any]
 
@@ -138,20 +136,11 @@ def print_point(
 
 
 def print_growth(
-  curve: str, points: Sequence[Found], console: rich.console.Console
+  curve: str, powers: Found, console: rich.console.Console
 ) -> None:
   """The powers of the size that costs follow."""
-  powers = {
-    name: curves.growth(points, key)
-    for name, key in (
-      ("a step", "step_seconds"),
-      ("its FLOPs", "flops"),
-      ("compiling", "compile_seconds"),
-      ("memory", "peak_gib"),
-    )
-  }
   if None not in powers.values():
-    listed = ", ".join(f"{n} {power:.2f}" for n, power in powers.items())
+    listed = ", ".join(f"{key} {power:.2f}" for key, power in powers.items())
     console.print(
       f"[bold]{curve}[/], power from first to last (1 linear, 0 flat): {listed}"
     )

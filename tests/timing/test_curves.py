@@ -46,7 +46,8 @@ def test_layers_grow_where_told_and_are_drawn(tmp_path, one_device):
   assert bench.main([*command, "--steps=1", f"--json={file}"]) == 0
   found = json.loads(file.read_text())
   assert found["command"] == "curves"
-  one, three = found["curves"]["layers"]
+  one, three = found["curves"]["layers"]["points"]
+  assert set(found["curves"]["layers"]["powers"]) == set(curves.COSTS)
   assert (one["size"], three["size"]) == (1, 3)
   assert one["flops"] < three["flops"] < 3 * one["flops"]
   assert min(three["compile_seconds"], three["peak_gib"]) > 0
