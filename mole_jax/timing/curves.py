@@ -49,7 +49,8 @@ def measure(
 ) -> dict[str, Any]:
   """Times every size, smallest first; each point goes to `on_point`, too.
 
-  Returns the points, and the powers with which COSTS grow. Raises protocol.SideError where a point does not run.
+  Returns the points, and the powers with which COSTS grow. Raises
+  protocol.SideError where a point does not run.
   """
   points = []
   for size in sorted(sizes):
