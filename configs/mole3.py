@@ -234,6 +234,7 @@ def small() -> mlc.ConfigDict:
   c.model.lora = dict(rank=32, alpha=64.0, dropout=0.0)
   c.model.mole.update(dict(rank=32, alpha=64.0, dropout=0.0))
   c.model.image_token_id = 8191
+  c.model.remat = "named"
   c.model.use_visual_tokens = False
   c.base.path = "weights/small"
   c.stage_names = ("mole",)

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mole_jax.models import remat
+from mole_jax.models import block_attention, remat
 from mole_jax.parallel import activations
 
 
@@ -93,9 +93,16 @@ def attend(
   `is_causal` everywhere that is not later. With `segment_ids` the mask is
   `causal_segment_mask` of them, which some kernels rather have from them.
   """
-  kernel = choose_kernel(query, key, mask is not None, segment_ids is not None)
+  has_segments = segment_ids is not None
+  kernel = choose_kernel(
+    query, key, mask is not None, has_segments, is_causal or has_segments
+  )
   if kernel == "splash":
     return splash(query, key, value, None if is_causal else segment_ids)
+  if kernel == "blocks":
+    named = _named(query, key, value)
+    y = block_attention.attend(*named, mask, query.shape[-1] ** -0.5)
+    return checkpoint_name(y, "attn_out")
   y = jax.nn.dot_product_attention(
     *_named(query, key, value),
     mask=None if mask is None else mask[:, None],
@@ -117,12 +124,14 @@ def choose_kernel(
   key: Float[Array, "B J K H"],
   has_mask: bool,
   has_segments: bool,
+  is_causal: bool = False,
 ) -> str:
   """A flash attention where there is one for what it is asked, else "xla".
 
   "cudnn" (GPU) takes 16-bit types, heads of at most 128 in multiples of 8 and,
   with a mask, even lengths. "splash" (TPU) takes segments, heads of 128 and
-  lengths in multiples of 128. Against a cache (J above T) queries are few.
+  lengths in multiples of 128. "blocks" (CPU) takes what is causal, be it within
+  segments. Against a cache (J above T) queries are few.
   """
   tokens, head_dim = query.shape[1], query.shape[3]
   platform = activations.platform()
@@ -135,7 +144,7 @@ def choose_kernel(
   if platform == "tpu" and has_segments:
     fits = tokens % 128 == 0 and head_dim % 128 == 0
     return "splash" if fits else "xla"
-  return "xla"
+  return "blocks" if platform == "cpu" and is_causal else "xla"
 
 
 def splash(

@@ -91,6 +91,46 @@ def test_a_kernel_is_chosen_for_what_it_can_do(case, monkeypatch):
   assert attention.choose_kernel(query, key, has_mask, has_segments) == want
 
 
+@pytest.mark.parametrize("is_causal, want", [(True, "blocks"), (False, "xla")])
+def test_a_cpu_has_blocks_for_what_is_causal(is_causal, want):
+  query, few = jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 1, 2, 4))
+  choose = attention.choose_kernel
+  assert choose(query, query, True, False, is_causal) == want
+  assert choose(few, query, True, False, is_causal) == "xla"  # A cache.
+
+
+# One block, several and a shorter last one, and blocks that grow with a row.
+@pytest.mark.parametrize("tokens", [50, 300, 1100])
+@pytest.mark.parametrize("has_segments", [False, True])
+def test_blocks_are_exact_attention(tokens, has_segments):
+  query, dy = (random(2, tokens, 4, 8, seed=i) for i in (0, 1))
+  key, value = (random(2, tokens, 2, 8, seed=i) for i in (2, 3))
+  ids = jnp.arange(tokens)[None] * 7 // tokens
+  ids = jnp.concatenate([ids, ids // 3])  # The second ends with its third.
+  mask = attention.causal_segment_mask(ids) if has_segments else None
+
+  def ours(query, key, value):
+    assert attention.choose_kernel(query, key, True, True, True) == "blocks"
+    return attention.attend(
+      query, key, value, mask, not has_segments, ids if has_segments else None
+    )
+
+  def theirs(query, key, value):
+    return jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      mask=None if mask is None else mask[:, None],
+      is_causal=not has_segments,
+    )
+
+  got, pull = jax.vjp(ours, query, key, value)
+  want, pull_want = jax.vjp(theirs, query, key, value)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+  for one, other in zip(pull(dy), pull_want(dy), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
 def test_the_platform_is_that_of_the_mesh_that_is_traced():
   made = mesh.make_mesh(
     dict(data=-1, fsdp=1, expert=1, tensor=1), jax.devices()[:1]
