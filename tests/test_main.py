@@ -161,7 +161,11 @@ def test_a_base_is_shared_by_path_and_hash(finished, tmp_path):
       "are b1, b2, clip_norm, eps, lr,",
     ),
     ("configs/mole3.py", ["--config.sede=1"], 'Did you mean "seed"'),
-    ("configs/mole3.py:70b", [], "use one of tiny, smol, 7b, 13b"),
+    (
+      "configs/mole3.py:70b",
+      [],
+      "use one of tiny, small, smol_shape",
+    ),
     ("configs/none.py", [], "No such file or directory: 'configs/none.py'"),
     ("README.md", [], "README.md is no Python file"),
     ("configs/mole3.py", ["--wordir=x"], "workdir"),

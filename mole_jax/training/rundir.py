@@ -143,7 +143,7 @@ def claim(
 
 def _has_begun(run: pathlib.Path, config: Mapping[str, Any]) -> bool:
   """Whether there is anything in a run directory that a config made."""
-  return any(
+  return "stages" not in config or any(
     checkpoint.list_steps(run, stage) or (run / stage / "base.json").exists()
     for stage in config["stages"]
   )
