@@ -235,12 +235,11 @@ def small() -> mlc.ConfigDict:
   c.model.mole.update(dict(rank=32, alpha=64.0, dropout=0.0))
   c.model.image_token_id = 8191
   c.model.remat = "named"
-  c.model.use_visual_tokens = False
   c.base.path = "weights/small"
   c.stage_names = ("mole",)
   stage = c.stages.mole
   c.stages = dict(mole=stage)
-  stage.trainable = tuple(p for p in stage.trainable if "visual" not in p)
+  _set_visual_tokens(c, False)
   stage.batch_size = 4
   stage.max_length = 256
   stage.max_images = 1
@@ -396,13 +395,11 @@ def _on_base(path: str, model: dict, data: dict) -> mlc.ConfigDict:
   c.model.decoder = model["decoder"]
   # A base converted without a tokenizer has no id for images.
   c.model.image_token_id = model.get("image_token_id", 32000)
-  c.model.use_visual_tokens = model["use_visual_tokens"]
   c.base.path = path
   c.stage_names = ("mole",)
   c.stages = dict(mole=c.stages.mole)
+  _set_visual_tokens(c, model["use_visual_tokens"])
   stage = c.stages.mole
-  if not c.model.use_visual_tokens:
-    stage.trainable = tuple(p for p in stage.trainable if "visual" not in p)
   if "moe" in model:  # Whole FFNs as experts: each gets a LoRA of its own.
     c.model.moe = model["moe"]
     c.balance = dict(loss="moe_llava", weight=1e-2)
@@ -418,6 +415,14 @@ def _on_base(path: str, model: dict, data: dict) -> mlc.ConfigDict:
   ):
     c.data[key] = data[key]
   return c
+
+
+def _set_visual_tokens(c: mlc.ConfigDict, are_there: bool) -> None:
+  """Whether vectors enclose a picture; stage "mole" trains what is there."""
+  c.model.use_visual_tokens = are_there
+  stage = c.stages.mole
+  if not are_there:
+    stage.trainable = tuple(p for p in stage.trainable if "visual" not in p)
 
 
 def smol() -> mlc.ConfigDict:

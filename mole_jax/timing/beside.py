@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mole_jax.data import encoding, images, records, templates
+from mole_jax.data import images, records
 from mole_jax.timing import clock, compare, decode, protocol
 from mole_jax.training import feed
 
@@ -93,11 +93,8 @@ def decode_summary(
   for name, side in found.items():
     prefill, whole = (list(x) for x in zip(*side["rounds"], strict=True))
     sizes = [shape[k] for k in ("batch_size", "prompt_tokens", "new_tokens")]
-    step = [
-      (b - a) / (shape["new_tokens"] - 1)
-      for a, b in zip(prefill, whole, strict=True)
-    ]
-    columns[name] = {"prefill": prefill, "token": step, "answer": whole}
+    token = decode.token_seconds(prefill, whole, shape["new_tokens"])
+    columns[name] = {"prefill": prefill, "token": token, "answer": whole}
     result["sides"][name] = {**side, **decode.rates(prefill, whole, *sizes)}
   if OURS in columns and PEER in columns:
     result["peer_over_ours"] = {
@@ -174,18 +171,10 @@ def preparing(
   It decodes, pads and resizes their pictures to uint8 and encodes their
   conversations, in this thread.
   """
-  text, data = feed.read_tokenizer(config), config["data"]
-  stage = config["stages"][stage_name]
+  text = feed.read_tokenizer(config)
   preparation = images.preparation_of(config)
-  encoder = encoding.Encoder(
-    text,
-    "chat",
-    num_image_tokens=num_image_tokens,
-    max_length=stage["max_length"],
-    max_images=stage["max_images"],
-    system=data["system"],
-    use_bos=data["use_bos"],
-    template=templates.read_template(data["template"], text),
+  encoder = feed.encoder_maker(config, stage_name, text, num_image_tokens)(
+    "chat"
   )
 
   def prepare(count):

@@ -69,6 +69,13 @@ def check(
     )
 
 
+def token_seconds(
+  prefill: Sequence[float], whole: Sequence[float], num_new: int
+) -> list[float]:
+  """Of a token after the first, by round."""
+  return (np.subtract(whole, prefill) / (num_new - 1)).tolist()
+
+
 def rates(
   prefill: Sequence[float],
   whole: Sequence[float],
@@ -81,7 +88,7 @@ def rates(
   `new_tokens_per_second` is None where other work on the machine hid what the
   tokens after the first cost.
   """
-  step = (np.subtract(whole, prefill) / (num_new - 1)).tolist()
+  step = token_seconds(prefill, whole, num_new)
   median = clock.summary(step)["median"]
   return {
     "prefill_seconds": clock.summary(prefill),

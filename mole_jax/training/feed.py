@@ -43,19 +43,9 @@ def make_loader(
   """
   data, stage = config["data"], config["stages"][stage_name]
   sources = [mixture.Source(**source) for source in stage["mixture"].values()]
-  make_encoder = functools.partial(
-    encoding.Encoder,
-    text,
-    num_image_tokens=num_image_tokens,
-    max_length=stage["max_length"],
-    max_images=stage["max_images"],
-    system=data["system"],
-    use_bos=data["use_bos"],
-    template=templates.read_template(data["template"], text),
-  )
   datasets = mixture.load_mixture(
     sources,
-    make_encoder,
+    encoder_maker(config, stage_name, text, num_image_tokens),
     domains=data["domains"],
     max_skipped=data["max_skipped"],
     report=report,
@@ -76,6 +66,26 @@ def make_loader(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     num_workers=data["num_workers"],
+  )
+
+
+def encoder_maker(
+  config: Mapping[str, Any],
+  stage_name: str,
+  text: tokenizer.Tokenizer,
+  num_image_tokens: int,
+) -> Callable[[str], encoding.Encoder]:
+  """The function from a format, "chat" or "plain", to a stage's encoder."""
+  data, stage = config["data"], config["stages"][stage_name]
+  return functools.partial(
+    encoding.Encoder,
+    text,
+    num_image_tokens=num_image_tokens,
+    max_length=stage["max_length"],
+    max_images=stage["max_images"],
+    system=data["system"],
+    use_bos=data["use_bos"],
+    template=templates.read_template(data["template"], text),
   )
 
 

@@ -9,11 +9,8 @@ with the seconds of one answer of as many tokens as it is told.
 
 import argparse
 import json
-import os
 import pathlib
-import resource
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,38 +19,20 @@ import transformers
 from mole_jax.timing import protocol
 from mole_jax.timing.with_torch import llava
 
-GIB = 2**30
-
-
-def make_prompts(
-  spec: Mapping[str, Any], device: torch.device
-) -> dict[str, torch.Tensor]:
-  """Prompts of one length, their images after the first token."""
-  shape = (spec["batch_size"], spec["prompt_tokens"])
-  image, side = spec["image_token_id"], spec["vision"]["image_size"]
-  ids = torch.randint(4, spec["decoder"]["vocab_size"], shape)
-  ids[ids == image] = 4 if image != 4 else 5
-  ids[:, 1 : 1 + spec["images"] * llava.num_patches(spec)] = image
-  prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-  if spec["images"]:
-    pixels = torch.randn(shape[0] * spec["images"], 3, side, side)
-    prompts["pixel_values"] = pixels.to(getattr(torch, spec["dtype"]))
-  return {key: value.to(device) for key, value in prompts.items()}
-
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--spec", type=pathlib.Path, required=True)
   spec = json.loads(parser.parse_args().spec.read_text())
-  if hasattr(os, "sched_getaffinity"):
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+  llava.use_cores()
   device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
   torch.manual_seed(0)
   model = llava.make_model(spec, device, uses_cache=True).eval()
   # Without an end `generate` would not ask for one to be suppressed.
   model.generation_config.eos_token_id = None
   model.generation_config.pad_token_id = 1
-  prompts = make_prompts(spec, device)
+  sizes = [spec[key] for key in ("batch_size", "prompt_tokens", "images")]
+  prompts = llava.make_inputs(spec, *sizes, device)
 
   def answer(count: int) -> dict[str, Any]:
     began = time.perf_counter()
@@ -71,13 +50,6 @@ def main() -> None:
       raise RuntimeError(f"generate made {got} tokens; {count} were asked for.")
     return {"seconds": [seconds], "losses": []}
 
-  def last() -> dict[str, Any]:
-    if device.type == "cuda":
-      peak = torch.cuda.max_memory_allocated()
-      return {"memory": {"peak_gib": peak / GIB, "of": "device"}}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"memory": {"peak_gib": peak / GIB, "of": "process"}}
-
   first = [answer(n)["seconds"][0] for n in (1, spec["new_tokens"])]
   about = {
     "program": "transformers",
@@ -90,7 +62,7 @@ def main() -> None:
       "transformers": transformers.__version__,
     },
   }
-  protocol.serve(about, answer, last)
+  protocol.serve(about, answer, lambda: llava.peak_memory(device))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,53 @@
-"""Transformers' LLaVA with a CLIP tower and a Llama, of a config's shapes."""
+"""Transformers' LLaVA with a CLIP tower and a Llama, of a config's shapes.
 
+And what the programs that run it share.
+"""
+
+import os
+import resource
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+
+GIB = 2**30
+
+
+def use_cores() -> None:
+  """A thread on each core that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+  """Of the device, or of the process on a CPU; ends what a program serves."""
+  if device.type == "cuda":
+    peak = torch.cuda.max_memory_allocated()
+    return {"memory": {"peak_gib": peak / GIB, "of": "device"}}
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return {"memory": {"peak_gib": peak / GIB, "of": "process"}}
+
+
+def make_inputs(
+  spec: Mapping[str, Any],
+  num_rows: int,
+  num_tokens: int,
+  num_images: int,
+  device: torch.device,
+) -> dict[str, torch.Tensor]:
+  """Full rows of random tokens, their images after the first of them."""
+  image, side = spec["image_token_id"], spec["vision"]["image_size"]
+  shape = (num_rows, num_tokens)
+  ids = torch.randint(4, spec["decoder"]["vocab_size"], shape)
+  ids[ids == image] = 4 if image != 4 else 5
+  ids[:, 1 : 1 + num_images * num_patches(spec)] = image
+  inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+  if num_images:
+    pixels = torch.randn(num_rows * num_images, 3, side, side)
+    inputs["pixel_values"] = pixels.to(getattr(torch, spec["dtype"]))
+  return {key: value.to(device) for key, value in inputs.items()}
 
 
 def make_model(

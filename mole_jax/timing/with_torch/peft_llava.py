@@ -12,9 +12,7 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import pathlib
-import resource
 import time
 from typing import Any
 
@@ -26,7 +24,6 @@ from torch import nn
 from mole_jax.timing import protocol
 from mole_jax.timing.with_torch import llava
 
-GIB = 2**30
 CHECKPOINTING = ("auto", "off", "on")
 
 
@@ -144,24 +141,12 @@ class Peer:
 def _make_batch(
   spec: dict[str, Any], device: torch.device
 ) -> dict[str, torch.Tensor]:
-  """Full rows of random tokens, images at their start."""
-  rows, length = spec["batch_size"], spec["max_length"]
-  taken = spec["max_images"] * llava.num_patches(spec)
-  image, side = spec["image_token_id"], spec["vision"]["image_size"]
-  ids = torch.randint(4, spec["decoder"]["vocab_size"], (rows, length))
-  ids[ids == image] = 4 if image != 4 else 5
-  ids[:, 1 : 1 + taken] = image
-  labels = ids.clone()
-  labels[ids == image] = -100
-  batch = {
-    "input_ids": ids,
-    "labels": labels,
-    "attention_mask": torch.ones_like(ids),
-  }
-  if taken:
-    pixels = torch.randn(rows * spec["max_images"], 3, side, side)
-    batch["pixel_values"] = pixels.to(getattr(torch, spec["dtype"]))
-  return {key: value.to(device) for key, value in batch.items()}
+  """Every token but the images' is learnt."""
+  sizes = [spec[key] for key in ("batch_size", "max_length", "max_images")]
+  batch = llava.make_inputs(spec, *sizes, device)
+  ids = batch["input_ids"]
+  batch["labels"] = ids.masked_fill(ids == spec["image_token_id"], -100)
+  return batch
 
 
 def warm_up(peer: Peer, checkpointing: str, num_steps: int) -> str:
@@ -192,8 +177,7 @@ def main() -> None:
   parser.add_argument("--adapters", default="float32")
   parser.add_argument("--warmup", type=int, default=3)
   args = parser.parse_args()
-  if hasattr(os, "sched_getaffinity"):
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+  llava.use_cores()
   device = "cuda" if torch.cuda.is_available() else "cpu"
   began = time.perf_counter()
   peer = Peer(json.loads(args.spec.read_text()), args.adapters, device)
@@ -224,13 +208,7 @@ def main() -> None:
       seconds.append(time.perf_counter() - began)
     return {"seconds": seconds, "losses": losses}
 
-  def last() -> dict[str, Any]:
-    if device == "cuda":
-      peak = torch.cuda.max_memory_allocated()
-      return {"memory": {"peak_gib": peak / GIB, "of": "device"}}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"memory": {"peak_gib": peak / GIB, "of": "process"}}
-
+  last = lambda: llava.peak_memory(peer.device)
   protocol.serve(about, steps, last)
 
 
