@@ -244,7 +244,9 @@ _compiled = jax.jit(
   _generate_from_bytes,
   static_argnums=0,
   static_argnames=(
-    *("max_new_tokens", "sampling", "is_unrolled"),
+    "max_new_tokens",
+    "sampling",
+    "is_unrolled",
     "normalisation",
   ),
 )
