@@ -73,8 +73,10 @@ def test_decode_tells_prefill_from_a_token(tmp_path):
   args = ["--batch-size=2", "--prompt-tokens=48", "--new-tokens=3"]
   found = run(tmp_path, "decode", "--rounds=2", *args, *TINY)
   assert found["prefill_seconds"]["count"] == 2
+  # Which case comes depends on the machine; test_beside has both for sure.
   median = found["seconds_a_token"]["median"]
-  assert found["new_tokens_per_second"] == pytest.approx(2 / median)
+  expected = pytest.approx(2 / median) if median > 0 else None
+  assert found["new_tokens_per_second"] == expected
 
 
 def test_data_counts_what_comes(tmp_path):
