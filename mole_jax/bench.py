@@ -21,9 +21,9 @@ a step of Transformers and PEFT on the same shapes (needs `.[torch]`); `decode
 `data --beside transformers`: on one thread each side decodes, pads and resizes
 a record's pictures to the same uint8 size and turns its conversation, templated
 and images expanded, into ids (ours makes labels too). `curves` lets tokens,
-layers and experts grow, one point a process. MFU is by
-the formula in training/flops.py. Exit codes: 0 done; 1 it did not run (out of
-memory, say); 2 wrong usage.
+layers, experts and the records of a data set grow, one point a process. MFU is
+by the formula in training/flops.py. Exit codes: 0 done; 1 it did not run (out
+of memory, say); 2 wrong usage.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import datetime
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ from mole_jax.timing import (
   decode,
   dispatch,
   machine,
+  opening,
   profile,
   protocol,
   real,
@@ -162,14 +164,21 @@ def _parser() -> argparse.ArgumentParser:
   compared.add_argument(
     "--peer-adapters", choices=("float32", "bfloat16"), default="float32"
   )
-  grown = add("curves", _curves, help="cost against tokens, layers, experts")
-  grown.add_argument(
-    "--only", nargs="+", choices=curves.CURVES, default=list(curves.CURVES)
-  )
+  grown = add("curves", _curves, help="cost against size, by sizes")
+  names = [*curves.CURVES, "records"]
+  grown.add_argument("--only", nargs="+", choices=names, default=names)
   for name, (sizes, _) in curves.CURVES.items():
     grown.add_argument(
       f"--{name}", type=_positive, nargs="+", default=sizes, metavar="N"
     )
+  grown.add_argument(
+    "--records",
+    type=_positive,
+    nargs="+",
+    default=curves.RECORDS,
+    metavar="N",
+    help="of made data sets; 1000000 is possible, too",
+  )
   grown.add_argument("--steps", type=_positive, default=5)
   answers = add("decode", _decode, help="prefill and decoding")
   answers.add_argument("--batch-size", type=_positive, default=8)
@@ -201,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
   side.add_argument("--unrolled", choices=_UNROLLED, default="auto")
   starter = add("starter", _starter)
   starter.add_argument("--cache", type=pathlib.Path, required=True)
+  opened = add("opening", _opening)  # A point of `curves --only records`.
+  opened.add_argument("--folder", type=pathlib.Path, required=True)
+  opened.add_argument("--make", type=_positive, metavar="RECORDS")
   return parser
 
 
@@ -296,6 +308,7 @@ def _step(args: argparse.Namespace) -> dict[str, Any]:
   timing = steps.report(stage, run.steps(args.steps))
   found["synthetic"] = {**timing, "losses": list(run.losses)}
   found["memory"] = machine.peak_memory(jax.local_devices())
+  found["host_peak_gib"] = round(machine.peak_rss() / machine.GIB, 3)
   terminal.print_timing("synthetic data", timing, _CONSOLE)
   terminal.print_memory(found["memory"], _CONSOLE)
   if args.profile:
@@ -364,17 +377,36 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 def _curves(args: argparse.Namespace) -> dict[str, Any]:
   """Asks for no device: its points need it."""
   found = {}
-  for name in args.only:
-    found[name] = curves.measure(
-      name,
-      getattr(args, name),
-      args.stage,
-      args.config_arguments,
-      args.steps,
-      lambda point, name=name: terminal.print_point(name, point, _CONSOLE),
+  trainable = args.config["stages"][args.stage]["trainable"]
+  for name in dict.fromkeys(args.only):
+    done = lambda point, name=name: _CONSOLE.print(
+      f"done: {point['size']:,} {name}"
     )
-    terminal.print_growth(name, found[name]["powers"], _CONSOLE)
+    sizes = sorted(set(getattr(args, name)))
+    if name == "records":
+      found[name] = curves.measure_records(
+        sizes, args.stage, args.config_arguments, done
+      )
+    else:
+      found[name] = curves.measure(
+        name,
+        sizes,
+        args.stage,
+        args.config_arguments,
+        trainable,
+        args.steps,
+        done,
+      )
+    terminal.print_curve(name, found[name], _CONSOLE)
   return {"curves": found, "steps": args.steps}
+
+
+def _opening(args: argparse.Namespace) -> dict[str, Any]:
+  if args.make:
+    began = time.perf_counter()
+    opening.make_set(args.folder, args.make)
+    return {"make_seconds": time.perf_counter() - began}
+  return opening.measure(args.config, args.stage, args.folder)
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,10 +16,16 @@ _COSTS = (
   ("compiling (s)", "compile_seconds"),
   ("peak memory (GiB)", "peak_gib"),
 )
+_RECORD_COSTS = (
+  ("opening, first time (s)", "count_seconds"),
+  ("to the first batch, again (s)", "first_batch_seconds"),
+  ("peak memory (GiB)", "peak_gib"),
+)
 _UNITS = {
   "tokens": "tokens in a row",
   "layers": "layers",
   "experts": "experts",
+  "records": "records in a data set",
 }
 
 
@@ -28,10 +34,10 @@ def draw(
 ) -> list[pathlib.Path]:
   """Writes one PNG for each file that `bench` wrote; returns their paths.
 
-  Raises ValueError for a file that is no bench's, or of a command without a
-  picture.
+  Raises ValueError for a file that is no bench's, is not whole, or is of a
+  command without a picture, and for two files of one name.
   """
-  made = []
+  made: list[pathlib.Path] = []
   for file in files:
     try:
       found = json.loads(file.read_text())
@@ -45,11 +51,23 @@ def draw(
         f"{file} is of `bench {command}`, which has no picture; there are of "
         f"{', '.join(_DRAWN)}."
       )
-    figure = _DRAWN[command](found)
-    figure.suptitle(_title(found), fontsize=9, x=0.01, ha="left", color="0.3")
+    path = out / f"{file.stem}.png"
+    if path in made:
+      raise ValueError(
+        f"{file} would be drawn over another file's {path}; rename one."
+      )
+    try:
+      figure = _DRAWN[command](found)
+      title = _title(found)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+      raise ValueError(
+        f"{file} is of `bench {command}`, but not all of it is there "
+        f"({type(error).__name__}: {error}); run that again."
+      ) from error
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left", color="0.3")
     out.mkdir(parents=True, exist_ok=True)
-    made.append(out / f"{file.stem}.png")
-    figure.savefig(made[-1])
+    figure.savefig(path)
+    made.append(path)
   return made
 
 
@@ -77,7 +95,8 @@ def cost_curves(bench: Mapping[str, Any]) -> matplotlib.figure.Figure:
   panels = figure.subplots(len(rows), len(_COSTS), squeeze=False)
   for axes, (name, curve) in zip(panels, rows.items(), strict=True):
     sizes = [point["size"] for point in curve["points"]]
-    for ax, (title, key) in zip(axes, _COSTS, strict=True):
+    costs_of = _RECORD_COSTS if name == "records" else _COSTS
+    for ax, (title, key) in zip(axes, costs_of, strict=True):
       found = [point[key] for point in curve["points"]]
       costs = [x["median"] if isinstance(x, dict) else x for x in found]
       power = curve["powers"][key]
@@ -85,16 +104,18 @@ def cost_curves(bench: Mapping[str, Any]) -> matplotlib.figure.Figure:
       figures.tidy(ax, f"{title}{note}")
       ax.plot(sizes, costs, "o-", color=palette.LINE_COLOURS[0], markersize=4)
       linear = [costs[0] * size / sizes[0] for size in sizes]
-      ax.plot(sizes, linear, "--", color="0.5", linewidth=1)
+      (line,) = ax.plot(sizes, linear, "--", color="0.5", linewidth=1)
       ax.set_xscale("log", base=2)
       ax.set_yscale("log", base=2)
       ax.set_ylim(0.7 * min(costs), 1.4 * max(costs))
       for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        # "%g" would write a million as 1e+06.
+        axis.set_major_formatter(lambda value, _: f"{value:,.7g}")
         axis.set_minor_locator(matplotlib.ticker.NullLocator())
       ax.set_xticks(sizes)
       ax.set_yticks(_ticks(costs))
       ax.set_xlabel(_UNITS.get(name, name), fontsize=9)
+  figures.add_legend(figure, [line], ["linear"], 9.5)
   return figure
 
 

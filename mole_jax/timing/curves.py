@@ -1,7 +1,7 @@
-"""Cost against work: a config's step while one size of it grows.
+"""Cost against work: a config's step, or its data, while one size grows.
 
-Each point is `bench step` in a process of its own, so that neither memory nor
-caches of one are those of the next.
+Each point is a `bench` command in a process of its own, so that neither memory
+nor caches of one are those of the next.
 """
 
 import json
@@ -28,15 +28,31 @@ CURVES = {
     ),
   ),
   "layers": ((2, 4, 8, 16, 32), ("model.decoder.num_layers={}",)),
-  "experts": ((2, 4, 8, 16, 32, 64), ("model.mole.num_experts={}",)),
+  "experts": ((1, 2, 4, 8, 16, 32, 64), ("model.mole.num_experts={}",)),
 }
+RECORDS = (1_000, 10_000, 100_000)
 COSTS = ("step_seconds", "flops", "compile_seconds", "peak_gib")
+RECORD_COSTS = (
+  "count_seconds",
+  "open_seconds",
+  "first_batch_seconds",
+  "plan_seconds",
+  "peak_gib",
+)
 
 
-def flags(curve: str, size: int, stage: str) -> list[str]:
-  """Command-line settings of a point."""
-  settings = CURVES[curve][1]
-  return [f"--config.{s.format(size, stage=stage)}" for s in settings]
+def flags(
+  curve: str, size: int, stage: str, trainable: Sequence[str]
+) -> list[str]:
+  """Command-line settings of a point.
+
+  `trainable`: the stage's patterns; one expert has no router to train.
+  """
+  settings = [s.format(size, stage=stage) for s in CURVES[curve][1]]
+  if curve == "experts" and size == 1:
+    kept = tuple(pattern for pattern in trainable if "router" not in pattern)
+    settings.append(f"stages.{stage}.trainable={kept!r}")
+  return [f"--config.{setting}" for setting in settings]
 
 
 def measure(
@@ -44,6 +60,7 @@ def measure(
   sizes: Sequence[int],
   stage: str,
   config_arguments: Sequence[str],
+  trainable: Sequence[str],
   num_steps: int,
   on_point: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
@@ -54,24 +71,64 @@ def measure(
   """
   points = []
   for size in sorted(sizes):
-    arguments = [*config_arguments, *flags(curve, size, stage)]
+    own = flags(curve, size, stage, trainable)
+    arguments = [*config_arguments, *own]
     points.append({"size": size, **_point(stage, arguments, num_steps)})
     on_point(points[-1])
   powers = {key: growth(points, key) for key in COSTS}
   return {"points": points, "powers": powers}
 
 
-def _point(stage: str, arguments: Sequence[str], num_steps: int) -> dict:
+def measure_records(
+  sizes: Sequence[int],
+  stage: str,
+  config_arguments: Sequence[str],
+  on_point: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+  """Opens made sets of every size, smallest first; as `measure` otherwise.
+
+  A set is opened twice, in two processes: for the first time, where its tokens
+  are counted, and again, which gives all other costs.
+  """
+  points = []
+  for size in sorted(sizes):
+    with tempfile.TemporaryDirectory(prefix="mole_jax-curves-") as folder:
+      arguments = ["--stage", stage, "--folder", folder, *config_arguments]
+      # This process stays small: a child's peak begins with its parent's.
+      made = _bench("opening", ["--make", str(size), *arguments])
+      first = _bench("opening", arguments)
+      again = _bench("opening", arguments)
+    points.append(
+      {
+        "size": size,
+        "make_seconds": made["make_seconds"],
+        "count_seconds": first["open_seconds"],
+        **{key: again[key] for key in RECORD_COSTS[1:]},
+        "count_peak_gib": first["peak_gib"],
+      }
+    )
+    on_point(points[-1])
+  powers = {key: growth(points, key) for key in RECORD_COSTS}
+  return {"points": points, "powers": powers}
+
+
+def _bench(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+  """What a command of `bench` writes; SideError where it fails."""
   with tempfile.TemporaryDirectory(prefix="mole_jax-curves-") as folder:
-    file = pathlib.Path(folder) / "step.json"
-    command = [sys.executable, "-m", "mole_jax.bench", "step"]
-    command += ["--stage", stage, "--steps", str(num_steps), "--skip-warm"]
-    command += ["--data", "synthetic", "--json", str(file), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    file = pathlib.Path(folder) / "found.json"
+    line = [sys.executable, "-m", "mole_jax.bench", command]
+    line += ["--json", str(file), *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
       last = "\n  ".join(done.stderr.strip().splitlines()[-6:])
-      raise protocol.SideError(f"{' '.join(command)} failed:\n  {last}")
-    found = json.loads(file.read_text())
+      raise protocol.SideError(f"{' '.join(line)} failed:\n  {last}")
+    return json.loads(file.read_text())
+
+
+def _point(stage: str, arguments: Sequence[str], num_steps: int) -> dict:
+  options = ["--stage", stage, "--steps", str(num_steps), "--skip-warm"]
+  options += ["--data", "synthetic"]
+  found = _bench("step", [*options, *arguments])
   predicted = found["predicted_memory"]
   return {
     "step_seconds": found["synthetic"]["step_seconds"],
@@ -79,6 +136,7 @@ def _point(stage: str, arguments: Sequence[str], num_steps: int) -> dict:
     "flops": found["step"]["flops"]["total"],
     "peak_gib": found["memory"]["peak_gib"],
     "memory_of": found["memory"]["of"],
+    "host_peak_gib": found["host_peak_gib"],
     "predicted_gib": None if predicted is None else predicted["total_gib"],
   }
 

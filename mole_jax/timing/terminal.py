@@ -122,28 +122,38 @@ def print_dispatch(found: Found, console: rich.console.Console) -> None:
   console.print(table)
 
 
-def print_point(
-  curve: str, point: Found, console: rich.console.Console
-) -> None:
-  """One size of a curve."""
-  predicted = point["predicted_gib"]
-  console.print(
-    f"{point['size']:,} {curve}: {_spread(point['step_seconds'])} a step, "
-    f"{point['compile_seconds']:.1f} s to compile, peak of the "
-    f"{point['memory_of']} {point['peak_gib']:.2f} GiB"
-    + ("" if predicted is None else f" (predicted {predicted:.2f})")
+def print_curve(name: str, curve: Found, console: rich.console.Console) -> None:
+  """A table: a row a size, and below the powers of the size."""
+  points, powers = curve["points"], curve["powers"]
+  table = rich.table.Table(
+    title=f"{name}: cost by size; power of the size from first to last "
+    "(1 linear, 0 flat)"
   )
-
-
-def print_growth(
-  curve: str, powers: Found, console: rich.console.Console
-) -> None:
-  """The powers of the size that costs follow."""
-  if None not in powers.values():
-    listed = ", ".join(f"{key} {power:.2f}" for key, power in powers.items())
-    console.print(
-      f"[bold]{curve}[/], power from first to last (1 linear, 0 flat): {listed}"
+  keys = [key for key, value in points[0].items() if _is_cost(value)]
+  for key in (name, *keys[1:]):
+    title = key.replace("_seconds", " s").replace("_gib", " GiB")
+    table.add_column(title.replace("_", " "), justify="right")
+  for point in points:
+    costs = [_number(point[key]) for key in keys[1:]]
+    table.add_row(f"{point['size']:,}", *costs)
+  if len(points) > 1:
+    table.add_section()
+    table.add_row(
+      "power",
+      *(f"{powers[key]:.2f}" if key in powers else "" for key in keys[1:]),
     )
+  console.print(table)
+
+
+def _is_cost(value: Any) -> bool:
+  return value is None or isinstance(value, int | float | Mapping)
+
+
+def _number(cost: Any) -> str:
+  """A cost, or the median of several timings, in four digits."""
+  if cost is None:
+    return ""
+  return f"{cost['median'] if isinstance(cost, Mapping) else cost:.4g}"
 
 
 def print_decode(found: Found, console: rich.console.Console) -> None:
