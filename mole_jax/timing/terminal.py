@@ -150,10 +150,10 @@ def _is_cost(value: Any) -> bool:
 
 
 def _number(cost: Any) -> str:
-  """A cost, or the median of several timings, in four digits."""
+  """A cost, or the median of several timings, in three digits."""
   if cost is None:
     return ""
-  return f"{cost['median'] if isinstance(cost, Mapping) else cost:.4g}"
+  return f"{cost['median'] if isinstance(cost, Mapping) else cost:.3g}"
 
 
 def print_decode(found: Found, console: rich.console.Console) -> None:

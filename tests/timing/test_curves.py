@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mole_jax import bench, report
+from mole_jax.data import schedule
 from mole_jax.timing import curves, opening, protocol
 from tests.training import small_run
 
@@ -98,6 +99,22 @@ def test_a_made_set_is_opened_whole_and_its_counts_are_kept(tmp_path):
   assert kept[0].stat().st_mtime_ns == written
   with pytest.raises(ValueError, match="there is no folder"):
     opening.measure(config, "mole", tmp_path / "elsewhere")
+
+
+def test_planning_an_epoch_is_timed_from_its_first_row(tmp_path, monkeypatch):
+  planned = []
+  make = schedule.Packed._make
+
+  def noted(self, number):
+    planned.append(number)
+    return make(self, number)
+
+  monkeypatch.setattr(schedule.Packed, "_make", noted)
+  config = small_run.make_config()
+  config["stages"]["mole"]["max_length"] = 512
+  opening.make_set(tmp_path, 30)
+  opening.measure(config, "mole", tmp_path)
+  assert planned.count(0) == 2  # For the first batch, and for the epoch.
 
 
 def test_a_point_that_does_not_run_says_why(one_device):
