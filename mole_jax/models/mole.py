@@ -131,9 +131,10 @@ def gate_weights(routing: Routing, gate: str) -> Float[Array, "*N E"]:
 
 
 # What moving one element of a row there and back costs, in multiply-adds of
-# the low-rank products: measured on CPU, where "masked" and "gather" cross at
-# num_experts * rank of about 256.
-MOVE_COST = 224
+# the low-rank products, by platform: "masked" and "gather" cross at E R =
+# R + MOVE_COST. With R = 32 that is 112 measured by `bench dispatch` on two
+# cores, and about 256 on an H200 and 512 on a v5p by compilers' estimates.
+MOVE_COST = {"cpu": 80, "gpu": 224, "tpu": 480}
 
 
 def choose_dispatch(
@@ -146,7 +147,8 @@ def choose_dispatch(
   """
   masked = num_rows * num_experts * rank
   padded = num_rows * top_k + num_experts * block_rows // 2
-  return "masked" if masked <= padded * (rank + MOVE_COST) else "gather"
+  gather = padded * (rank + MOVE_COST[activations.platform()])
+  return "masked" if masked <= gather else "gather"
 
 
 def loop_experts(

@@ -348,13 +348,20 @@ def test_padding_is_never_counted(loss):
   assert jnp.any(gradient[0, :2] != 0)
 
 
-def test_auto_dispatch_moves_rows_only_for_many_wide_experts():
-  choose = lambda e, r, k=1: mole.choose_dispatch(16384, e, k, r, 64)
-  assert choose(3, 32) == "masked"
-  assert choose(8, 32) == "masked"
-  assert choose(32, 32) == "gather"
+@pytest.mark.parametrize(
+  ("platform", "masked_until"), [("cpu", 3), ("gpu", 8), ("tpu", 16)]
+)
+def test_auto_dispatch_moves_rows_only_for_many_wide_experts(
+  platform, masked_until, monkeypatch
+):
+  monkeypatch.setattr(mole.activations, "platform", lambda: platform)
+  choose = lambda e, r, k=1, rows=16384: mole.choose_dispatch(rows, e, k, r, 64)
+  assert choose(masked_until, 32) == "masked"
+  assert choose(masked_until + 1, 32) == "gather"
   assert choose(8, 128) == "gather"
   assert choose(8, 8, k=8) == "masked"
+  # A step of decoding would pad its row to a block of each expert.
+  assert choose(64, 1, rows=1) == "masked"
 
 
 @pytest.mark.parametrize(
