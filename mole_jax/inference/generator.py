@@ -163,8 +163,9 @@ def _pays_to_unroll(layers: Mapping[str, Any]) -> bool:
   """Whether generation takes the layers' weights apart.
 
   A GPU copies a scanned layer's weights before it multiplies by them, several
-  times the cost of the products of one token. A CPU gains a seventh and
-  compiles five times as long. A call holds a second copy of the weights.
+  times the cost of the products of one token. A CPU saves up to a third of a
+  token and compiles three times as long, so that is left to its user. A call
+  holds a second copy of the weights.
   """
   leaves = jax.tree.leaves(layers)
   device = jax.devices()[0]

@@ -25,19 +25,31 @@ Turns = Sequence[Mapping[str, str]]
 Picture = Image.Image | str | os.PathLike | bytes | np.ndarray
 
 
-def load(path: str | os.PathLike) -> "Model":
+def load(
+  path: str | os.PathLike, *, is_unrolled: bool | None = None
+) -> "Model":
   """Loads a trained model.
 
   Args:
     path: RUN (the newest step of its last stage), RUN/<stage>,
       RUN/<stage>/checkpoints/<step>, or a directory that
       `mole_jax.convert from-hf` wrote.
+    is_unrolled: takes the layers apart for generation: faster by the token,
+      slower to compile, a second copy of the layers' weights. None does so on
+      a GPU whose memory holds it.
 
   Raises ValueError where there is no model, or its base has changed since.
   """
   read = checkpoint.read_model(path)
   text = feed.read_tokenizer(read.config)
-  return Model(read.config, read.stage, read.step, read.params, text)
+  return Model(
+    read.config,
+    read.stage,
+    read.step,
+    read.params,
+    text,
+    is_unrolled=is_unrolled,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +96,13 @@ class Model:
     step: int,
     params: Mapping[str, Any],
     tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    is_unrolled: bool | None = None,
   ):
-    """Takes a configuration, where it stands, flat parameters, tokenizer."""
+    """Takes a configuration, where it stands, flat parameters, tokenizer.
+
+    `is_unrolled` as for `load`.
+    """
     self.config = dict(config)
     self.stage = stage
     self.step = step
@@ -109,6 +126,7 @@ class Model:
       ],
       image_mean=data["image_mean"],
       image_std=data["image_std"],
+      is_unrolled=is_unrolled,
     )
 
   @property

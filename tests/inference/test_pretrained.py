@@ -237,6 +237,28 @@ def test_generate_gives_one_text_a_prompt(model):
     model.generate("What?", max_new_tokens=0)
 
 
+def test_layers_taken_apart_say_the_same(model, monkeypatch):
+  asked = []
+  compiled = pretrained.generator_lib._compiled
+
+  def answers(*args, **kwargs):
+    asked.append(kwargs["is_unrolled"])
+    return compiled(*args, **kwargs)
+
+  monkeypatch.setattr(pretrained.generator_lib, "_compiled", answers)
+  apart = pretrained.Model(
+    model.config,
+    model.stage,
+    model.step,
+    state.flatten(model.params),
+    model.tokenizer,
+    is_unrolled=True,
+  )
+  said = [one.generate(["What?", "Why?"], None, 5) for one in (model, apart)]
+  assert said[0] == said[1]
+  assert asked == [False, True]
+
+
 def test_routing_tells_the_experts_of_every_token(model):
   routing, other = model.routing(
     ["What?", "Why?"], [tiny.make_pixels(0), None], answers=["red", "so"]
