@@ -167,6 +167,7 @@ def _run(config: dict[str, Any], run: pathlib.Path) -> int:
           f"stage {stage.name!r} needs a base: set config.base.path to one, "
           "or put the stage that makes it into config.stage_names."
         )
+      _in_first(_set_damaged_aside, run, stage.name)
       if not makes_base and _is_done(config, run, stage.name):
         console.print(
           f"[green]stage {stage.name} stands[/] in {run / stage.name}"
@@ -269,6 +270,11 @@ def _given_base(config: Mapping[str, Any]) -> base_lib.BaseReference | None:
     )
   sha256 = config["base"]["sha256"] or reference.sha256
   return base_lib.BaseReference(str(path), sha256)
+
+
+def _set_damaged_aside(run: pathlib.Path, stage: str) -> None:
+  for line in checkpoint.set_damaged_aside(run, stage):
+    console.print(line, style="yellow", markup=False)
 
 
 def _is_done(config: Mapping[str, Any], run: pathlib.Path, stage: str) -> bool:

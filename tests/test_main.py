@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,23 @@ def test_rerunning_skips_what_stands(finished):
   assert done.returncode == 0
   for what in ("stage base stands", "stage mole stands", "evaluation stands"):
     assert what in done.stdout
+
+
+def test_a_damaged_step_is_named_set_aside_and_trained_again(
+  finished, tmp_path
+):
+  workdir = shutil.copytree(finished[0], tmp_path / "mole3")
+  folder = workdir / "mole" / "checkpoints" / "3" / "opt_state"
+  files = [file for file in folder.rglob("*") if file.is_file()]
+  file = max(files, key=lambda file: file.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-1])
+  done = run(f"--workdir={workdir}", *SMALL)
+  assert done.returncode == 0, done.stdout + done.stderr
+  out = done.stdout
+  assert f"step 3 of stage mole is damaged: {file} has changed" in out
+  assert out.index("stage mole starts anew") < out.index("stage mole step 3/3")
+  assert "evaluation stands" in out
+  assert (workdir / "mole" / "damaged" / "3").is_dir()
 
 
 def test_another_config_is_refused_with_the_differences(finished):

@@ -5,11 +5,12 @@
     RUN/<stage>/checkpoints/<step>/                trainable, opt_state, meta
 
 A checkpoint never holds the frozen base: its `meta` names the base by path
-and hash, and the hash is verified before use.
+and hash, and the hash is verified before use; so are a step's own files.
 """
 
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mole_jax.training import base as base_lib
-from mole_jax.training import files, quantised, rundir, state, upcycle
+from mole_jax.training import (
+  checksums,
+  files,
+  quantised,
+  rundir,
+  state,
+  upcycle,
+)
 
 
 class ReadModel(NamedTuple):
@@ -38,12 +46,18 @@ class StageCheckpoints:
   """
 
   def __init__(self, directory: pathlib.Path, max_checkpoints: int):
+    self._folder = (directory / "checkpoints").absolute()
+    # Called when all processes have written a step, before it is committed.
+    seal = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
     self._manager = ocp.CheckpointManager(
-      (directory / "checkpoints").absolute(),
+      self._folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=max_checkpoints, cleanup_tmp_directories=True
+        max_to_keep=max_checkpoints,
+        cleanup_tmp_directories=True,
+        async_options=seal,
       ),
     )
+    self._saving: int | None = None
 
   def __enter__(self) -> "StageCheckpoints":
     return self
@@ -62,6 +76,8 @@ class StageCheckpoints:
     """Saves a step unless it stands already."""
     if step == self._manager.latest_step():
       return
+    self._manager.wait_until_finished()
+    self._saving = step
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -70,6 +86,14 @@ class StageCheckpoints:
         meta=ocp.args.JsonSave(dict(meta)),
       ),
     )
+
+  def _seal(self) -> None:
+    """Lists the files of the step that is being saved."""
+    names = re.compile(rf"{self._saving}(\.orbax-checkpoint-tmp.*)?")
+    (folder,) = filter(
+      lambda entry: names.fullmatch(entry.name), self._folder.iterdir()
+    )
+    checksums.write(folder)
 
   def restore(
     self, step: int, shapes: state.TrainState
@@ -174,6 +198,29 @@ def list_steps(run: pathlib.Path, stage: str) -> list[int]:
   return sorted(map(int, names))
 
 
+def set_damaged_aside(run: pathlib.Path, stage: str) -> list[str]:
+  """Moves the newest steps of a stage away until one is as it was written.
+
+  Returns a line for each that was moved. A stage goes on from the step that
+  then is the newest.
+  """
+  lines = []
+  for step in reversed(list_steps(run, stage)):
+    folder = run / stage / "checkpoints" / str(step)
+    damage = checksums.find_damage(folder)
+    if damage is None:
+      break
+    aside = checksums.set_aside(folder)
+    lines.append(
+      f"step {step} of stage {stage} is damaged: {damage} It is now {aside}."
+    )
+  if lines:
+    steps = list_steps(run, stage)
+    going_on = f"goes on from step {steps[-1]}" if steps else "starts anew"
+    lines.append(f"stage {stage} {going_on}")
+  return lines
+
+
 def _resolve(path: pathlib.Path) -> tuple[pathlib.Path, dict, str, int]:
   """The run, its config, the stage and the step that a path means."""
   if not path.exists():
@@ -210,6 +257,14 @@ def read_trained(path: str | os.PathLike) -> TrainedModel:
   patterns = config["stages"][stage]["trainable"]
   trainable, frozen = state.split(shapes, patterns)
   folder = run / stage / "checkpoints" / str(step)
+  damage = checksums.find_damage(folder, ("trainable", "meta"))
+  if damage is not None:
+    others = [other for other in list_steps(run, stage) if other != step]
+    way_out = f"name another step, of {others}" if others else "train it again"
+    raise ValueError(
+      f"step {step} of {run / stage} is damaged: {damage} Either {way_out}, or "
+      "run its training command, which goes on from a step that is whole."
+    )
   meta = _read_meta(folder)
   reader = StepReader(folder, trainable)
   base = None
