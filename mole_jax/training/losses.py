@@ -36,12 +36,14 @@ def next_token_sums(
   unembed: Callable[[Array], Array],
   num_domains: int,
   chunk_tokens: int,
+  *,
+  is_head_frozen: bool = False,
 ) -> TokenSums:
   """Cross-entropy and hits of predicting token t + 1 from token t.
 
-  Logits exist for `chunk_tokens` positions of each row at a time and are
-  recomputed in the backward pass: at 7B, a row of 2,048 would need 0.26 GB of
-  them. A row's last position predicts nothing.
+  Logits exist for at most `chunk_tokens` positions of each row at a time: at
+  7B, a row of 2,048 would need 0.26 GB of them. A row's last position predicts
+  nothing.
 
   Args:
     hidden: final hidden states.
@@ -49,12 +51,16 @@ def next_token_sums(
     domains: domain index of each token, -1 for none.
     unembed: hidden states -> float32 logits.
     num_domains: number of domains.
-    chunk_tokens: positions per chunk.
+    chunk_tokens: positions per chunk, at most.
+    is_head_frozen: nothing but its argument has a gradient in `unembed`. Then
+      that of hidden states is made beside the loss, of which it is a multiple;
+      otherwise the backward pass computes logits again.
   """
-  batch, tokens, width = hidden.shape
+  batch, tokens, _ = hidden.shape
   ignored = jnp.full((batch, 1), IGNORED, labels.dtype)
   targets = jnp.concatenate([labels[:, 1:], ignored], axis=1)
   num_chunks = -(-tokens // chunk_tokens)
+  chunk_tokens = -(-tokens // num_chunks)  # As much padding as need be.
   padding = num_chunks * chunk_tokens - tokens
 
   def chunks(x, fill):
@@ -63,30 +69,84 @@ def next_token_sums(
     x = x.reshape(batch, num_chunks, chunk_tokens, *x.shape[2:])
     return jnp.swapaxes(x, 0, 1)
 
-  def body(sums, chunk):
-    hidden, targets, domains = chunk
-    logits = unembed(hidden)
-    is_target = targets != IGNORED
-    target = jnp.maximum(targets, 0)
-    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    loss = jax.nn.logsumexp(logits, axis=-1) - picked
-    correct = jnp.argmax(logits, axis=-1) == target
-    member = jax.nn.one_hot(domains, num_domains) * is_target[..., None]
-    new = TokenSums(
-      jnp.einsum("BTG,BT->G", member, jnp.where(is_target, loss, 0.0)),
-      jnp.einsum("BTG,BT->G", member, correct.astype(jnp.float32)),
-      member.sum((0, 1)),
-    )
-    return jax.tree.map(jnp.add, sums, new), None
+  def sums_of(hidden, targets, domains):
+    return _chunk_sums(unembed(hidden), targets, domains, num_domains)
 
-  zeros = jnp.zeros(num_domains)
-  scanned = (
-    chunks(hidden, 0),
-    chunks(targets, IGNORED),
-    chunks(domains, -1),
+  scanned = chunks(hidden, 0), chunks(targets, IGNORED), chunks(domains, -1)
+  if is_head_frozen:
+    return _add_up_with_gradients(sums_of, unembed, num_domains)(*scanned)
+  sums_of = jax.checkpoint(sums_of, prevent_cse=False)
+  return _add_up(sums_of, num_domains)(*scanned)
+
+
+def _chunk_sums(
+  logits: Float[Array, "B T V"],
+  targets: Int[Array, "B T"],
+  domains: Int[Array, "B T"],
+  num_domains: int,
+) -> TokenSums:
+  is_target = targets != IGNORED
+  target = jnp.maximum(targets, 0)
+  picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+  loss = jax.nn.logsumexp(logits, axis=-1) - picked
+  correct = jnp.argmax(logits, axis=-1) == target
+  member = jax.nn.one_hot(domains, num_domains) * is_target[..., None]
+  return TokenSums(
+    jnp.einsum("BTG,BT->G", member, jnp.where(is_target, loss, 0.0)),
+    jnp.einsum("BTG,BT->G", member, correct.astype(jnp.float32)),
+    member.sum((0, 1)),
   )
-  body = jax.checkpoint(body, prevent_cse=False)
-  return jax.lax.scan(body, TokenSums(zeros, zeros, zeros), scanned)[0]
+
+
+def _add_up(
+  sums_of: Callable[..., TokenSums], num_domains: int
+) -> Callable[..., TokenSums]:
+  """Sums over chunks, one after the other."""
+
+  def body(sums, chunk):
+    return jax.tree.map(jnp.add, sums, sums_of(*chunk)), None
+
+  zeros = TokenSums(*[jnp.zeros(num_domains)] * 3)
+  return lambda *chunks: jax.lax.scan(body, zeros, chunks)[0]
+
+
+def _add_up_with_gradients(
+  sums_of: Callable[..., TokenSums],
+  unembed: Callable[[Array], Array],
+  num_domains: int,
+) -> Callable[..., TokenSums]:
+  """`_add_up`, where a forward pass keeps the gradient by hidden states.
+
+  A token's loss reaches the sum of its domain alone: its gradient is that of
+  its own loss times the gradient by that sum.
+  """
+
+  @jax.custom_vjp
+  def add_up(hidden, targets, domains):
+    return _add_up(sums_of, num_domains)(hidden, targets, domains)
+
+  def forward(hidden, targets, domains):
+    def body(sums, chunk):
+      hidden, targets, domains = chunk
+      logits, pull = jax.vjp(unembed, hidden)
+      new = _chunk_sums(logits, targets, domains, num_domains)
+      one_hot = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+      by_logits = jax.nn.softmax(logits, axis=-1) - one_hot
+      is_target = targets != IGNORED
+      (gradient,) = pull(jnp.where(is_target[..., None], by_logits, 0.0))
+      return jax.tree.map(jnp.add, sums, new), gradient
+
+    zeros = TokenSums(*[jnp.zeros(num_domains)] * 3)
+    sums, gradients = jax.lax.scan(body, zeros, (hidden, targets, domains))
+    return sums, (gradients, domains)
+
+  def backward(kept, by_sums):
+    gradients, domains = kept
+    factors = jax.nn.one_hot(domains, num_domains) @ by_sums.loss
+    return (gradients * factors[..., None]).astype(gradients.dtype), None, None
+
+  add_up.defvjp(forward, backward)
+  return add_up
 
 
 def balance_loss(

@@ -116,6 +116,7 @@ def make_train_step(
       lambda hidden: model.apply(params, hidden, method="unembed"),
       num_domains,
       chunk_tokens,
+      is_head_frozen=not {name, "decoder/lm_head_bias"} & trainable.keys(),
     )
     lm_loss = sums.loss.sum() / jnp.maximum(sums.count.sum(), 1)
     metrics = {
