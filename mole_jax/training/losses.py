@@ -85,11 +85,12 @@ def _chunk_sums(
   domains: Int[Array, "B T"],
   num_domains: int,
 ) -> TokenSums:
+  """Of a target among the likeliest tokens it counts as predicted."""
   is_target = targets != IGNORED
   target = jnp.maximum(targets, 0)
   picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
   loss = jax.nn.logsumexp(logits, axis=-1) - picked
-  correct = jnp.argmax(logits, axis=-1) == target
+  correct = picked == logits.max(axis=-1)
   member = jax.nn.one_hot(domains, num_domains) * is_target[..., None]
   return TokenSums(
     jnp.einsum("BTG,BT->G", member, jnp.where(is_target, loss, 0.0)),
