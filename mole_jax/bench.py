@@ -29,24 +29,21 @@ of memory, say); 2 wrong usage.
 import argparse
 import datetime
 import json
-import pathlib
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import rich.console
 
-from mole_jax.parallel import mesh as mesh_lib
 from mole_jax.timing import (
+  arguments,
   beside,
   compare,
   curves,
   decode,
   dispatch,
   machine,
-  opening,
   profile,
   protocol,
   real,
@@ -55,17 +52,16 @@ from mole_jax.timing import (
   synthetic,
   terminal,
 )
+from mole_jax.timing import sides as sides_lib
 from mole_jax.training import command_line, metrics, state
-from mole_jax.training import stage as stage_lib
 
 Config = dict[str, Any]
-_UNROLLED = {"auto": None, "on": True, "off": False}
 _CONSOLE = rich.console.Console(soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit code."""
-  parser = _parser()
+  parser = arguments.make_parser(_RUNS)
   args, rest = parser.parse_known_args(argv)
   try:
     if args.has_config:
@@ -94,142 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m mole_jax.bench", description="Timings of this machine."
-  )
-  commands = parser.add_subparsers(required=True, metavar="COMMAND")
-  epilog = "Settings of the config: --config=FILE[:variant] --config.x=..."
-
-  def add(name, run, has_config=True, **kwargs):
-    command = commands.add_parser(
-      name, epilog=epilog if has_config else "", allow_abbrev=False, **kwargs
-    )
-    if has_config:
-      command.add_argument("--stage", help="default: the last one")
-    command.add_argument("--json", type=pathlib.Path, metavar="FILE")
-    command.set_defaults(run=run, has_config=has_config)
-    return command
-
-  step = add("step", _step, help="a config's train step")
-  step.add_argument("--steps", type=_positive, default=20)
-  step.add_argument("--data", choices=("synthetic", "both"), default="both")
-  step.add_argument(
-    "--profile", action="store_true", help="also sum up a trace by name"
-  )
-  step.add_argument(
-    "--skip-warm", action="store_true", help="compile once, from nothing"
-  )
-  step.add_argument(
-    "--first-step",
-    action="store_true",
-    help="also start it anew, to time what comes before a first step",
-  )
-  one = add("dispatch", _dispatch, False, help="strategies on one MLP")
-  one.add_argument("--experts", type=_positive, nargs="+", default=[3, 8])
-  one.add_argument(
-    "--strategies",
-    nargs="+",
-    choices=dispatch.STRATEGIES,
-    default=dispatch.STRATEGIES,
-  )
-  one.add_argument("--rank", type=_positive, default=32)
-  one.add_argument("--tokens", type=_positive, default=2048)
-  one.add_argument("--hidden", type=_positive, default=512)
-  one.add_argument("--intermediate", type=_positive, default=1376)
-  one.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
-  one.add_argument("--rounds", type=_positive, default=7)
-  compared = add("compare", _compare, help="beside Transformers and PEFT")
-  compared.add_argument("--rounds", type=_positive, default=5)
-  compared.add_argument(
-    "--steps", type=_positive, default=3, help="in each round (default: 3)"
-  )
-  compared.add_argument(
-    "--sequential",
-    action="store_true",
-    help="one side after the other: for a GPU that does not hold both",
-  )
-  compared.add_argument(
-    "--only", choices=(compare.OURS, compare.PEER), help="one side alone"
-  )
-  compared.add_argument(
-    "--cores", type=_positive, help="for each side (default: all there are)"
-  )
-  compared.add_argument(
-    "--peer-checkpointing",
-    choices=("auto", "off", "on"),
-    default="auto",
-    help="auto: where memory does not suffice without",
-  )
-  compared.add_argument(
-    "--peer-adapters", choices=("float32", "bfloat16"), default="float32"
-  )
-  grown = add("curves", _curves, help="cost against size, by sizes")
-  names = [*curves.CURVES, "records"]
-  grown.add_argument("--only", nargs="+", choices=names, default=names)
-  for name, (sizes, _) in curves.CURVES.items():
-    grown.add_argument(
-      f"--{name}", type=_positive, nargs="+", default=sizes, metavar="N"
-    )
-  grown.add_argument(
-    "--records",
-    type=_positive,
-    nargs="+",
-    default=curves.RECORDS,
-    metavar="N",
-    help="of made data sets; 1000000 is possible, too",
-  )
-  grown.add_argument("--steps", type=_positive, default=5)
-  answers = add("decode", _decode, help="prefill and decoding")
-  answers.add_argument("--batch-size", type=_positive, default=8)
-  answers.add_argument("--prompt-tokens", type=_positive, default=128)
-  answers.add_argument("--images", type=int, default=1, help="in each prompt")
-  answers.add_argument("--new-tokens", type=_positive, default=32)
-  answers.add_argument("--rounds", type=_positive, default=5)
-  answers.add_argument(
-    "--unrolled",
-    choices=_UNROLLED,
-    default="auto",
-    help="layers one by one, or scanned (default: as generation chooses)",
-  )
-  _add_beside(answers)
-  data = add("data", _data, help="batches alone, as fast as they come")
-  data.add_argument("--batches", type=_positive, default=50)
-  data.add_argument(
-    "--records", type=_positive, default=200, help="with --beside: in a round"
-  )
-  data.add_argument("--rounds", type=_positive, default=5)
-  _add_beside(data)
-  # Not for people: sides of comparisons, and a start that is timed.
-  add("worker", _worker)
-  side = add("data-worker", _data_worker)
-  side.add_argument("--records", type=int, required=True)
-  side = add("decode-worker", _decode_worker)
-  for name in ("--batch-size", "--prompt-tokens", "--images", "--new-tokens"):
-    side.add_argument(name, type=int, required=True)
-  side.add_argument("--unrolled", choices=_UNROLLED, default="auto")
-  starter = add("starter", _starter)
-  starter.add_argument("--cache", type=pathlib.Path, required=True)
-  opened = add("opening", _opening)  # A point of `curves --only records`.
-  opened.add_argument("--folder", type=pathlib.Path, required=True)
-  opened.add_argument("--make", type=_positive, metavar="RECORDS")
-  return parser
-
-
-def _add_beside(command: argparse.ArgumentParser) -> None:
-  command.add_argument(
-    "--beside", choices=(beside.PEER,), help="take turns with it"
-  )
-  command.add_argument(
-    "--only", choices=(beside.OURS, beside.PEER), help="with --beside: one side"
-  )
-  command.add_argument(
-    "--sequential",
-    action="store_true",
-    help="with --beside: one side after the other",
-  )
-
-
 def _names_beside(args: argparse.Namespace) -> list[str]:
   """The sides, none without --beside; ValueError for flags that need it."""
   if args.beside:
@@ -242,13 +102,6 @@ def _names_beside(args: argparse.Namespace) -> list[str]:
 
 def _print_ready(side: str, about: dict[str, Any]) -> None:
   _CONSOLE.print(f"{side} is ready: {about}", markup=False)
-
-
-def _positive(text: str) -> int:
-  value = int(text)
-  if value < 1:
-    raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
-  return value
 
 
 def _stage_name(config: Config, name: str | None) -> str:
@@ -264,7 +117,7 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
   """What every JSON begins with."""
   now = datetime.datetime.now(datetime.UTC)
   found = {
-    "command": args.run.__name__.strip("_"),
+    "command": args.command,
     "time": now.isoformat(timespec="seconds"),
     "commit": machine.commit(),
     "machine": machine.describe(),
@@ -278,17 +131,12 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
   return found
 
 
-def _make_stage(args: argparse.Namespace) -> stage_lib.Stage:
-  mesh = mesh_lib.make_mesh(args.config["mesh"])
-  return stage_lib.Stage(args.config, args.stage, mesh)
-
-
 def _step(args: argparse.Namespace) -> dict[str, Any]:
   kinds = steps.COMPILATIONS[: 1 if args.skip_warm else 2]
   first_steps = None
   if args.first_step:  # Before this process takes the device: they need it.
     first_steps = starts.first_steps(args.stage, args.config_arguments, kinds)
-  stage = _make_stage(args)
+  stage = sides_lib.make_stage(args)
   batches = steps.synthetic_batches(stage)
   found: dict[str, Any] = {"step": steps.describe(stage)}
   terminal.print_about(_identity(args) | found, _CONSOLE)
@@ -401,26 +249,18 @@ def _curves(args: argparse.Namespace) -> dict[str, Any]:
   return {"curves": found, "steps": args.steps}
 
 
-def _opening(args: argparse.Namespace) -> dict[str, Any]:
-  if args.make:
-    began = time.perf_counter()
-    opening.make_set(args.folder, args.make)
-    return {"make_seconds": time.perf_counter() - began}
-  return opening.measure(args.config, args.stage, args.folder)
-
-
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
   names = _names_beside(args)
   if names:
     return _decode_beside(args, names)
   found = decode.measure(
-    _make_stage(args),
+    sides_lib.make_stage(args),
     batch_size=args.batch_size,
     num_prompt=args.prompt_tokens,
     num_images=args.images,
     num_new=args.new_tokens,
     num_rounds=args.rounds,
-    is_unrolled=_UNROLLED[args.unrolled],
+    is_unrolled=arguments.UNROLLED[args.unrolled],
   )
   terminal.print_decode(found, _CONSOLE)
   return found
@@ -450,27 +290,6 @@ def _decode_beside(
   result["is_sequential"] = args.sequential
   terminal.print_decode_beside(result, _CONSOLE)
   return result
-
-
-def _decode_worker(args: argparse.Namespace) -> dict[str, Any]:
-  args.config = beside.without_adapters(args.config, args.stage)
-  timed = decode.answering(
-    _make_stage(args),
-    batch_size=args.batch_size,
-    num_prompt=args.prompt_tokens,
-    num_images=args.images,
-    is_unrolled=_UNROLLED[args.unrolled],
-  )
-  about = {
-    "program": "mole_jax",
-    "first_call_seconds": [timed(1), timed(args.new_tokens)],
-    "device_kind": jax.devices()[0].device_kind,
-    "versions": machine.versions(),
-  }
-  turn = lambda count: {"seconds": [timed(count)], "losses": []}
-  last = lambda: {"memory": machine.peak_memory(jax.local_devices())}
-  protocol.serve(about, turn, last)
-  return {}
 
 
 def _data(args: argparse.Namespace) -> dict[str, Any]:
@@ -504,59 +323,19 @@ def _data_beside(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
   return result
 
 
-def _data_worker(args: argparse.Namespace) -> dict[str, Any]:
-  rows = beside.data_records(args.config, args.stage, args.records)
-  model = state.model_config(args.config, args.stage)
-  prepare = beside.preparing(
-    args.config, args.stage, model.num_image_tokens, rows
-  )
-  prepare(len(rows))  # The first calls are slower.
-  _, tokens, pixels = prepare(len(rows))
-  about = {"program": "mole_jax", "tokens": tokens, "pixels": pixels}
-  about["versions"] = machine.versions()
-  turn = lambda count: {"seconds": [prepare(count)[0]], "losses": []}
-  protocol.serve(about, turn, dict)
-  return {}
-
-
-def _worker(args: argparse.Namespace) -> dict[str, Any]:
-  stage = _make_stage(args)
-  batches = steps.synthetic_batches(stage)
-  compiled = steps.compile_step(stage)
-  weights = synthetic.parameters(stage)
-  run = steps.Run(stage, compiled.step, batches, weights)
-  del weights
-  run.steps(steps.NUM_WARMUP)
-  about = {
-    "program": "mole_jax",
-    "compile_seconds": compiled.seconds,
-    "predicted_memory": compiled.memory,
-    "device_kind": jax.devices()[0].device_kind,
-    "remat": stage.model_config.remat,
-    "versions": machine.versions(),
-  }
-
-  def timed(count):
-    begun = len(run.losses)
-    seconds = run.steps(count)["seconds"]
-    return {"seconds": seconds, "losses": run.losses[begun:]}
-
-  last = lambda: {"memory": machine.peak_memory(jax.local_devices())}
-  protocol.serve(about, timed, last)
-  return {}
-
-
-def _starter(args: argparse.Namespace) -> dict[str, Any]:
-  with steps.cache_in(args.cache):
-    stage = _make_stage(args)
-    weights = synthetic.parameters(stage)
-    batches = steps.synthetic_batches(stage)
-    run = steps.Run(stage, stage.lower().compile(), batches, weights)
-    del weights
-    run.steps(1)
-  protocol.serve({"losses": run.losses}, run.steps, dict)
-  return {}
-
+_RUNS: dict[str, arguments.Run] = {
+  "step": _step,
+  "dispatch": _dispatch,
+  "compare": _compare,
+  "curves": _curves,
+  "decode": _decode,
+  "data": _data,
+  "worker": sides_lib.worker,
+  "decode-worker": sides_lib.decode_worker,
+  "data-worker": sides_lib.data_worker,
+  "starter": sides_lib.starter,
+  "opening": sides_lib.open_set,
+}
 
 if __name__ == "__main__":
   sys.exit(main())

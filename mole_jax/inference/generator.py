@@ -3,6 +3,8 @@
 Axes: see generate.py.
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,8 +68,9 @@ class Generator:
       is_unrolled: see `generate`; None does so where it pays and fits.
     """
     if is_unrolled is None:
-      is_unrolled = _pays_to_unroll(params["decoder"]["layers"])
-    self._is_unrolled = is_unrolled
+      self._unrolled_from = _rows_that_pay(params["decoder"]["layers"])
+    else:
+      self._unrolled_from = 1.0 if is_unrolled else math.inf
     self._config = config
     self._params = params
     self._eos_id = eos_id
@@ -134,7 +137,7 @@ class Generator:
         np.int32(self._pad_id),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        is_unrolled=self._is_unrolled,
+        is_unrolled=height >= self._unrolled_from,
         normalisation=self._normalisation,
       )
       result = jax.device_get(result)
@@ -159,23 +162,39 @@ class Generator:
     return input_ids, lengths, images if num_images else None
 
 
-def _pays_to_unroll(layers: Mapping[str, Any]) -> bool:
-  """Whether generation takes the layers' weights apart.
+# A CPU copies a scanned layer's weights, too. With 8 rows that took two fifths
+# of a token of SmolLM2's shape, with one a tenth; and apart its layers compile
+# for 14 s instead of 4. Below this size weights stay in a cache.
+_CPU_ROWS = 8.0
+_CPU_BYTES = 64 * 2**20
+
+
+def _rows_that_pay(layers: Mapping[str, Any]) -> float:
+  """Rows from which generation takes the layers' weights apart; inf for never.
 
   A GPU copies a scanned layer's weights before it multiplies by them, several
-  times the cost of the products of one token. A CPU saves up to a third of a
-  token and compiles three times as long, so that is left to its user. A call
-  holds a second copy of the weights.
+  times the cost of the products of one token. A call holds a second copy of
+  the weights: there has to be room for it.
   """
   leaves = jax.tree.leaves(layers)
+  size = sum(leaf.nbytes for leaf in leaves)
   device = jax.devices()[0]
   if isinstance(leaves[0], jax.Array):
     device = min(leaves[0].devices(), key=lambda d: d.id)
-  if device.platform != "gpu":
-    return False
-  memory = device.memory_stats()
-  free = memory["bytes_limit"] - memory["bytes_in_use"]
-  return 2 * sum(leaf.nbytes for leaf in leaves) < free
+  if device.platform == "gpu":
+    memory = device.memory_stats()
+    free = memory["bytes_limit"] - memory["bytes_in_use"]
+    return 1.0 if 2 * size < free else math.inf
+  if device.platform == "cpu" and size >= _CPU_BYTES:
+    return _CPU_ROWS if 2 * size < _free_memory() else math.inf
+  return math.inf
+
+
+def _free_memory() -> int:
+  """Bytes of the host's that nothing uses; 0 where it does not say."""
+  if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+    return 0
+  return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def bucket(length: int, lengths: Sequence[int] = ()) -> int:

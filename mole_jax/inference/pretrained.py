@@ -35,8 +35,8 @@ def load(
       RUN/<stage>/checkpoints/<step>, or a directory that
       `mole_jax.convert from-hf` wrote.
     is_unrolled: takes the layers apart for generation: faster by the token,
-      slower to compile, a second copy of the layers' weights. None does so on
-      a GPU whose memory holds it.
+      slower to compile, a second copy of the layers' weights. None does so
+      where that pays and fits: on a GPU, and on a CPU for batches of 8.
 
   Raises ValueError where there is no model, or its base has changed since.
   """

@@ -118,6 +118,42 @@ def test_layers_one_by_one_say_what_scanned_ones_say(num_experts, moe_layers):
   assert len({tuple(one.tokens) for one in scanned}) > 3
 
 
+def test_large_layers_are_taken_apart_for_a_batch_where_they_fit(monkeypatch):
+  _, _, given = make(3)
+  config, params = given._config, given._params
+  size = sum(
+    leaf.nbytes for leaf in jax.tree.leaves(params["decoder"]["layers"])
+  )
+  asked = []
+  compiled = generator_lib._compiled
+
+  def answers(*args, **kwargs):
+    asked.append(kwargs["is_unrolled"])
+    return compiled(*args, **kwargs)
+
+  def ask(at_least, free):
+    monkeypatch.setattr(generator_lib, "_CPU_BYTES", at_least)
+    monkeypatch.setattr(generator_lib, "_free_memory", lambda: free)
+    generator = generator_lib.Generator(
+      config,
+      params,
+      eos_id=EOS,
+      pad_id=PAD,
+      banned_ids=BANNED,
+      image_mean=MEAN,
+      image_std=STD,
+    )
+    asked.clear()
+    for prompts in (make_prompts(), make_prompts()[:1]):
+      generator(prompts, max_new_tokens=2)
+    return asked
+
+  monkeypatch.setattr(generator_lib, "_compiled", answers)
+  assert ask(size, 2 * size + 1) == [True, False]
+  assert ask(size + 1, 2 * size + 1) == [False, False]
+  assert ask(size, 2 * size) == [False, False]
+
+
 @pytest.mark.parametrize("num_experts", [0, 1, 3])
 def test_cached_generation_equals_recomputing(num_experts):
   config, params, generator = make(num_experts)

@@ -139,6 +139,13 @@ def make_loader(config, stage_name, text, bad=(), stores=None):
   )
 
 
+def leave_a_checkpoint(run, stage):
+  """What stands after a stage's first step, as far as the run goes."""
+  step = run / stage / "checkpoints" / "1"
+  step.mkdir(parents=True)
+  (step / "state").touch()
+
+
 def break_images(records, bad):
   for record in records:
     if record["id"] in bad:

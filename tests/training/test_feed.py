@@ -183,9 +183,7 @@ def test_other_weights_are_refused_or_written_down(text, tmp_path):
 def test_a_change_beside_the_data_is_never_accepted(tmp_path):
   config = make_config()
   rundir.claim(tmp_path, config)
-  step = tmp_path / "base" / "checkpoints" / "1"
-  step.mkdir(parents=True)
-  (step / "state").touch()
+  small_run.leave_a_checkpoint(tmp_path, "base")
   changed = make_config()
   changed["seed"] = 1
   changed["stages"]["base"]["mixture"]["general"]["weight"] = 3.0

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from mole_jax.training import rundir
+from tests.training import small_run
 
 CONFIG = {
   "seed": 0,
@@ -15,16 +16,9 @@ CONFIG = {
 }
 
 
-def leave_a_checkpoint(run):
-  """What stands after a stage's first steps, as far as the run goes."""
-  step = run / "mole" / "checkpoints" / "1"
-  step.mkdir(parents=True)
-  (step / "state").touch()
-
-
 def test_another_config_is_refused_with_the_differences(tmp_path):
   rundir.claim(tmp_path, CONFIG)
-  leave_a_checkpoint(tmp_path)
+  small_run.leave_a_checkpoint(tmp_path, "mole")
   rundir.claim(tmp_path, CONFIG | {"log_every": 1})  # Changes no result.
   other = CONFIG | {"seed": 1, "model": {"rank": 8, "alpha": 2}}
   with pytest.raises(ValueError) as error:
@@ -84,7 +78,7 @@ def test_a_run_of_an_older_version_says_what_to_add(tmp_path):
 def test_a_run_of_before_a_setting_goes_on_with_what_it_did(tmp_path):
   stage = lambda **more: {"stages": {"mole": {"num_steps": 1, **more}}}
   rundir.claim(tmp_path, stage())
-  leave_a_checkpoint(tmp_path)
+  small_run.leave_a_checkpoint(tmp_path, "mole")
   rundir.claim(tmp_path, stage(quantize="none"))
   (tmp_path / "config.json").unlink()
   rundir.claim(tmp_path, stage())
