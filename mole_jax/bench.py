@@ -29,6 +29,7 @@ of memory, say); 2 wrong usage.
 import argparse
 import datetime
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -338,4 +339,6 @@ _RUNS: dict[str, arguments.Run] = {
 }
 
 if __name__ == "__main__":
+  # Told to end it leaves neither sides nor files behind, as after Ctrl-C.
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   sys.exit(main())

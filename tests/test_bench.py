@@ -1,7 +1,10 @@
 """`bench` as a user types it: JSON, messages, exit codes."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -84,6 +87,25 @@ def test_data_counts_what_comes(tmp_path):
   rates = [found[f"{k}_per_second"] for k in ("rows", "samples", "tokens")]
   assert rates == sorted(rates) and rates[0] > 0
   assert found["tokens_per_second"] <= found["rows_per_second"] * 272
+
+
+def test_told_to_end_it_leaves_nothing_behind(tmp_path):
+  args = ["curves", "--only=experts", "--experts=2", *TINY]
+  process = subprocess.Popen(
+    [sys.executable, "-m", "mole_jax.bench", *args],
+    cwd=test_main.ROOT,
+    env=test_main.environment() | {"TMPDIR": str(tmp_path)},
+    stdout=subprocess.DEVNULL,
+  )
+  try:
+    while not list(tmp_path.glob("mole_jax-curves-*")):
+      assert process.poll() is None
+      time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+  finally:
+    process.kill()
+  assert not list(tmp_path.glob("mole_jax-*"))
 
 
 @pytest.mark.parametrize(
