@@ -7,6 +7,10 @@ from typing import Any
 from mole_jax.reporting import routing as routing_lib
 from mole_jax.reporting import runs as runs_lib
 
+# So many settings are shown at once: recipes of different kinds differ in a
+# hundred, which would stand before the results.
+_MAX_OPEN = 20
+
 
 def about_html(runs: Sequence[runs_lib.Run]) -> str:
   """Facts of each run, what is missing, and in what settings runs differ."""
@@ -41,11 +45,13 @@ def about_html(runs: Sequence[runs_lib.Run]) -> str:
     if key not in ("name", "seed")
   }
   if differing:
-    content += "<h3>Settings that differ, besides name and seed</h3>"
-    content += _settings_table(runs, differing)
+    is_open = " open" if len(differing) <= _MAX_OPEN else ""
     content += (
+      f"<details{is_open}><summary><h3>Settings that differ, besides name and "
+      f"seed: {len(differing)}</h3></summary>"
+      f"{_settings_table(runs, differing)}"
       '<p class="how">Every setting that is not listed is the same in all '
-      "runs.</p>"
+      "runs.</p></details>"
     )
   return content
 

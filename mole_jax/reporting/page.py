@@ -33,6 +33,7 @@ color:var(--ink);font:16px/1.5 system-ui,"DejaVu Sans",sans-serif}
 h1{font-size:1.7rem;margin:0}h2{margin:2.6rem 0 .6rem;padding-top:.6rem;
 border-top:2px solid var(--line);font-size:1.3rem}
 h3{font-size:1.05rem;margin:1.2rem 0 .4rem}
+summary{cursor:pointer;margin:1.2rem 0 .4rem}summary h3{display:inline}
 small{color:var(--soft);font-weight:400}
 nav a{color:inherit;margin-right:1rem}
 .scroll{overflow-x:auto;margin:.6rem 0;border:1px solid var(--line);

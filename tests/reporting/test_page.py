@@ -138,6 +138,18 @@ def test_runs_stand_side_by_side_with_what_differs(text):
   assert "One expert (plain LoRA)" in text
 
 
+def test_settings_that_differ_are_folded_where_they_are_many(text, tmp_path):
+  assert re.search(r"<details open><summary><h3>Settings that differ", text)
+  made = [write_run(tmp_path / name, num_samples=1) for name in ("a", "b")]
+  path = made[1] / "config.json"
+  config = json.loads(path.read_text())
+  config["other"] = {f"setting{number}": number for number in range(30)}
+  path.write_text(json.dumps(config))
+  many = page.page_html(runs.read_runs(made), not_drawn)
+  assert "<details><summary><h3>Settings that differ" in many
+  assert "besides name and seed: 30<" in many and "other.setting29" in many
+
+
 def test_a_run_without_evaluation_has_a_page_that_says_so(tmp_path):
   directory = write_run(tmp_path / "run", is_evaluated=False)
   path = page.write_report([directory])
