@@ -6,6 +6,7 @@ nor caches of one are those of the next.
 
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -118,7 +119,14 @@ def _bench(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     file = pathlib.Path(folder) / "found.json"
     line = [sys.executable, "-m", "mole_jax.bench", command]
     line += ["--json", str(file), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+      line,
+      capture_output=True,
+      text=True,
+      check=False,
+      # What it keeps for a while goes with it, though it may be killed.
+      env=os.environ | {"TMPDIR": folder},
+    )
     if done.returncode:
       last = "\n  ".join(done.stderr.strip().splitlines()[-6:])
       raise protocol.SideError(f"{' '.join(line)} failed:\n  {last}")

@@ -8,6 +8,7 @@ torch, since both sides use it.
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ class Side(NamedTuple):
 class Process:
   """A side that is ready; what it prints on standard error goes to a file."""
 
-  def __init__(self, side: Side, errors: IO[str]):
+  def __init__(self, side: Side, errors: IO[str], folder: str):
     self._side = side
     self._errors = errors
     self._process = subprocess.Popen(
@@ -41,6 +42,7 @@ class Process:
       stdout=subprocess.PIPE,
       stderr=self._errors,
       text=True,
+      env=os.environ | {"TMPDIR": folder},
     )
     try:
       self.about = self._answer()
@@ -94,8 +96,12 @@ class Process:
 def running(side: Side) -> Iterator[Process]:
   """A side's process, ended in any case."""
   # Libraries warn at length; only a failure shows it.
-  with tempfile.TemporaryFile("w+") as errors:
-    process = Process(side, errors)
+  # What it keeps for a while goes with it, though it may be killed.
+  with (
+    tempfile.TemporaryFile("w+") as errors,
+    tempfile.TemporaryDirectory(prefix="mole_jax-side-") as folder,
+  ):
+    process = Process(side, errors, folder)
     try:
       yield process
     finally:
