@@ -74,9 +74,9 @@ def next_token_sums(
 
   scanned = chunks(hidden, 0), chunks(targets, IGNORED), chunks(domains, -1)
   if is_head_frozen:
-    return _add_up_with_gradients(sums_of, unembed, num_domains)(*scanned)
+    return _add_up_with_gradients(sums_of, num_domains)(*scanned)
   sums_of = jax.checkpoint(sums_of, prevent_cse=False)
-  return _add_up(sums_of, num_domains)(*scanned)
+  return _add_up(lambda *c: (sums_of(*c), None), num_domains, scanned)[0]
 
 
 def _chunk_sums(
@@ -100,45 +100,40 @@ def _chunk_sums(
 
 
 def _add_up(
-  sums_of: Callable[..., TokenSums], num_domains: int
-) -> Callable[..., TokenSums]:
-  """Sums over chunks, one after the other."""
+  sums_of: Callable[..., tuple[TokenSums, Array | None]],
+  num_domains: int,
+  chunks: tuple[Array, Array, Array],
+) -> tuple[TokenSums, Array | None]:
+  """Sums over chunks, one after the other, and what else each one gives."""
 
   def body(sums, chunk):
-    return jax.tree.map(jnp.add, sums, sums_of(*chunk)), None
+    new, kept = sums_of(*chunk)
+    return jax.tree.map(jnp.add, sums, new), kept
 
   zeros = TokenSums(*[jnp.zeros(num_domains)] * 3)
-  return lambda *chunks: jax.lax.scan(body, zeros, chunks)[0]
+  return jax.lax.scan(body, zeros, chunks)
 
 
 def _add_up_with_gradients(
-  sums_of: Callable[..., TokenSums],
-  unembed: Callable[[Array], Array],
-  num_domains: int,
+  sums_of: Callable[..., TokenSums], num_domains: int
 ) -> Callable[..., TokenSums]:
-  """`_add_up`, where a forward pass keeps the gradient by hidden states.
+  """Sums over chunks; a forward pass keeps the gradient by hidden states.
 
   A token's loss reaches the sum of its domain alone: its gradient is that of
   its own loss times the gradient by that sum.
   """
 
-  @jax.custom_vjp
-  def add_up(hidden, targets, domains):
-    return _add_up(sums_of, num_domains)(hidden, targets, domains)
+  def with_gradient(hidden, targets, domains):
+    def loss(hidden):
+      sums = sums_of(hidden, targets, domains)
+      return sums.loss.sum(), sums
+
+    gradient, sums = jax.grad(loss, has_aux=True)(hidden)
+    return sums, gradient
 
   def forward(hidden, targets, domains):
-    def body(sums, chunk):
-      hidden, targets, domains = chunk
-      logits, pull = jax.vjp(unembed, hidden)
-      new = _chunk_sums(logits, targets, domains, num_domains)
-      one_hot = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
-      by_logits = jax.nn.softmax(logits, axis=-1) - one_hot
-      is_target = targets != IGNORED
-      (gradient,) = pull(jnp.where(is_target[..., None], by_logits, 0.0))
-      return jax.tree.map(jnp.add, sums, new), gradient
-
-    zeros = TokenSums(*[jnp.zeros(num_domains)] * 3)
-    sums, gradients = jax.lax.scan(body, zeros, (hidden, targets, domains))
+    chunks = hidden, targets, domains
+    sums, gradients = _add_up(with_gradient, num_domains, chunks)
     return sums, (gradients, domains)
 
   def backward(kept, by_sums):
@@ -146,6 +141,7 @@ def _add_up_with_gradients(
     factors = jax.nn.one_hot(domains, num_domains) @ by_sums.loss
     return (gradients * factors[..., None]).astype(gradients.dtype), None, None
 
+  add_up = jax.custom_vjp(lambda *chunks: forward(*chunks)[0])
   add_up.defvjp(forward, backward)
   return add_up
 
