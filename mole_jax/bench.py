@@ -157,7 +157,7 @@ def _step(args: argparse.Namespace) -> dict[str, Any]:
   timing = steps.report(stage, run.steps(args.steps))
   found["synthetic"] = {**timing, "losses": list(run.losses)}
   found["memory"] = machine.peak_memory(jax.local_devices())
-  found["host_peak_gib"] = round(machine.peak_rss() / machine.GIB, 3)
+  found["host_peak_gib"] = machine.gib(machine.peak_rss())
   terminal.print_timing("synthetic data", timing, _CONSOLE)
   terminal.print_memory(found["memory"], _CONSOLE)
   if args.profile:
@@ -231,7 +231,7 @@ def _curves(args: argparse.Namespace) -> dict[str, Any]:
     done = lambda point, name=name: _CONSOLE.print(
       f"done: {point['size']:,} {name}"
     )
-    sizes = sorted(set(getattr(args, name)))
+    sizes = getattr(args, name)
     if name == "records":
       found[name] = curves.measure_records(
         sizes, args.stage, args.config_arguments, done

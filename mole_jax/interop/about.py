@@ -1,6 +1,5 @@
 """What a checkpoint on disk is, from its headers."""
 
-import hashlib
 import pathlib
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +11,7 @@ import rich.table
 from mole_jax.interop import hf, opened, pickles, sources, tables
 from mole_jax.interop.tensors import CheckpointError
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint
+from mole_jax.training import checkpoint, files
 
 
 def describe(
@@ -88,20 +87,19 @@ def _foreign(path: pathlib.Path, opener: hf.Opener) -> rich.table.Table:
 
 
 def _hashes(
-  path: pathlib.Path, files: Collection[str]
+  path: pathlib.Path, names: Collection[str]
 ) -> Iterator[tuple[str, str]]:
   """Hashes of the files that tensors come from, as `sha256sum` prints them."""
   if path.is_file():
     found = [path]
   else:
-    found = [path / file for file in sorted(files)]
+    found = [path / name for name in sorted(names)]
     if not all(file.is_file() for file in found):
       # Unpickled elsewhere, or in folders of their own.
       found = pickles.find_pickles(path) or sorted(path.rglob("*.safetensors"))
   for file in found:
-    with file.open("rb") as opened:
-      digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    yield str(file.relative_to(path) if path.is_dir() else file.name), digest
+    name = str(file.relative_to(path) if path.is_dir() else file.name)
+    yield name, files.sha256(file)
 
 
 def _add_model(table: rich.table.Table, model: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ nor caches of one are those of the next.
 
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -71,7 +70,7 @@ def measure(
   protocol.SideError where a point does not run.
   """
   points = []
-  for size in sorted(sizes):
+  for size in sorted(set(sizes)):
     own = flags(curve, size, stage, trainable)
     arguments = [*config_arguments, *own]
     points.append({"size": size, **_point(stage, arguments, num_steps)})
@@ -92,7 +91,7 @@ def measure_records(
   are counted, and again, which gives all other costs.
   """
   points = []
-  for size in sorted(sizes):
+  for size in sorted(set(sizes)):
     with tempfile.TemporaryDirectory(prefix="mole_jax-curves-") as folder:
       arguments = ["--stage", stage, "--folder", folder, *config_arguments]
       # This process stays small: a child's peak begins with its parent's.
@@ -124,8 +123,7 @@ def _bench(command: str, arguments: Sequence[str]) -> dict[str, Any]:
       capture_output=True,
       text=True,
       check=False,
-      # What it keeps for a while goes with it, though it may be killed.
-      env=os.environ | {"TMPDIR": folder},
+      env=protocol.environment(folder),
     )
     if done.returncode:
       last = "\n  ".join(done.stderr.strip().splitlines()[-6:])

@@ -58,7 +58,7 @@ def describe() -> dict[str, Any]:
     "platform": devices[0].platform,
     "device_kind": devices[0].device_kind,
     "num_devices": len(devices),
-    "device_memory_gib": _gib(stats.get("bytes_limit")),
+    "device_memory_gib": gib(stats.get("bytes_limit")),
     "load_average": os.getloadavg()[0],
     "system": platform.platform(),
   }
@@ -116,8 +116,8 @@ def peak_memory(devices: Sequence[jax.Device]) -> dict[str, float | str | None]:
   stats = [device.memory_stats() for device in devices]
   if all(stats):
     peak = max(entry["peak_bytes_in_use"] for entry in stats)
-    return {"peak_gib": _gib(peak), "of": "device"}
-  return {"peak_gib": _gib(peak_rss()), "of": "process"}
+    return {"peak_gib": gib(peak), "of": "device"}
+  return {"peak_gib": gib(peak_rss()), "of": "process"}
 
 
 def peak_rss() -> int:
@@ -126,7 +126,8 @@ def peak_rss() -> int:
   return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _gib(num_bytes: int | None) -> float | None:
+def gib(num_bytes: int | None) -> float | None:
+  """Bytes in GiB, to three places."""
   return None if num_bytes is None else round(num_bytes / GIB, 3)
 
 

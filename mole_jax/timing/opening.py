@@ -61,8 +61,6 @@ def measure(
   not there.
   """
   config = copy.deepcopy(dict(config))
-  name = config["data"]["tokenizer"]
-  path = tokenizer.EMBEDDED_TOKENIZER if name == "embedded" else name
   config["data"]["domains"] = [NAME]
   stage = config["stages"][stage_name]
   source = {
@@ -73,7 +71,7 @@ def measure(
   stage["mixture"] = {NAME: {**source, "weight": 1.0}}
   began = time.perf_counter()
   # No model reads these ids: its vocabulary need not fit.
-  text = tokenizer.Tokenizer(path)
+  text = tokenizer.Tokenizer(feed.tokenizer_path(config))
   # Batches without an image need no image tokens.
   loader = feed.make_loader(config, stage_name, text, num_image_tokens=1)
   opened = time.perf_counter() - began
@@ -97,5 +95,5 @@ def measure(
     "open_seconds": opened,
     "first_batch_seconds": first,
     "plan_seconds": planned,
-    "peak_gib": round(machine.peak_rss() / machine.GIB, 3),
+    "peak_gib": machine.gib(machine.peak_rss()),
   }

@@ -30,6 +30,14 @@ class Side(NamedTuple):
   command: Sequence[str]
 
 
+def environment(folder: str) -> dict[str, str]:
+  """This process's, for one whose temporary files are to lie in `folder`.
+
+  They go with the folder, though that process may be killed.
+  """
+  return os.environ | {"TMPDIR": folder}
+
+
 class Process:
   """A side that is ready; what it prints on standard error goes to a file."""
 
@@ -42,7 +50,7 @@ class Process:
       stdout=subprocess.PIPE,
       stderr=self._errors,
       text=True,
-      env=os.environ | {"TMPDIR": folder},
+      env=environment(folder),
     )
     try:
       self.about = self._answer()
@@ -96,7 +104,6 @@ class Process:
 def running(side: Side) -> Iterator[Process]:
   """A side's process, ended in any case."""
   # Libraries warn at length; only a failure shows it.
-  # What it keeps for a while goes with it, though it may be killed.
   with (
     tempfile.TemporaryFile("w+") as errors,
     tempfile.TemporaryDirectory(prefix="mole_jax-side-") as folder,

@@ -27,6 +27,11 @@ def make_stage(args: argparse.Namespace) -> stage_lib.Stage:
   return stage_lib.Stage(args.config, args.stage, mesh)
 
 
+def _memory() -> dict[str, Any]:
+  """What a side says last."""
+  return {"memory": machine.peak_memory(jax.local_devices())}
+
+
 def worker(args: argparse.Namespace) -> dict[str, Any]:
   """Our side of `compare`: steps, as many as it is asked for."""
   stage = make_stage(args)
@@ -50,8 +55,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     seconds = run.steps(count)["seconds"]
     return {"seconds": seconds, "losses": run.losses[begun:]}
 
-  last = lambda: {"memory": machine.peak_memory(jax.local_devices())}
-  protocol.serve(about, timed, last)
+  protocol.serve(about, timed, _memory)
   return {}
 
 
@@ -72,8 +76,7 @@ def decode_worker(args: argparse.Namespace) -> dict[str, Any]:
     "versions": machine.versions(),
   }
   turn = lambda count: {"seconds": [timed(count)], "losses": []}
-  last = lambda: {"memory": machine.peak_memory(jax.local_devices())}
-  protocol.serve(about, turn, last)
+  protocol.serve(about, turn, _memory)
   return {}
 
 

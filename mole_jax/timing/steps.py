@@ -95,9 +95,7 @@ def predicted_memory(compiled: Any) -> dict[str, float] | None:
     "code": found.code,
     "total": found.peak,
   }
-  return {
-    f"{name}_gib": round(size / machine.GIB, 3) for name, size in sizes.items()
-  }
+  return {f"{name}_gib": machine.gib(size) for name, size in sizes.items()}
 
 
 class Run:

@@ -4,9 +4,7 @@ The list is written before a step is committed: none stands without. Not in it
 is Orbax's own note of when that happened, from which no value comes.
 """
 
-import hashlib
 import pathlib
-import re
 from collections.abc import Sequence
 
 from mole_jax.training import files
@@ -55,8 +53,7 @@ def _read(folder: pathlib.Path, items: Sequence[str]) -> dict[str, str]:
     for file in top.rglob("*"):
       name = file.relative_to(folder).as_posix()
       if file.is_file() and name not in (*_WRITTEN_LATER, FILE):
-        with file.open("rb") as opened:
-          found[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        found[name] = files.sha256(file)
   return found
 
 
@@ -64,10 +61,8 @@ def set_aside(step: pathlib.Path) -> pathlib.Path:
   """Moves the folder of a step out of the way; returns where it is now."""
   aside = step.parent.parent / DAMAGED
   aside.mkdir(exist_ok=True)
-  taken = [
-    int(match[1] or 1)
-    for entry in aside.iterdir()
-    if (match := re.fullmatch(rf"{step.name}(?:-(\d+))?", entry.name))
-  ]
-  name = f"{step.name}-{max(taken) + 1}" if taken else step.name
-  return step.rename(aside / name)
+  target, count = aside / step.name, 1
+  while target.exists():
+    count += 1
+    target = aside / f"{step.name}-{count}"
+  return step.rename(target)

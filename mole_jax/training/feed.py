@@ -189,11 +189,15 @@ class FailureLog:
         file.writelines(f"{line}\n" for line in new.values())
 
 
+def tokenizer_path(config: Mapping[str, Any]) -> str | pathlib.Path:
+  """Where the run's tokenizer is; "embedded" is the package's own."""
+  name = config["data"]["tokenizer"]
+  return tokenizer.EMBEDDED_TOKENIZER if name == "embedded" else name
+
+
 def read_tokenizer(config: Mapping[str, Any]) -> tokenizer.Tokenizer:
   """The run's tokenizer; its size must fit the model."""
-  name = config["data"]["tokenizer"]
-  path = tokenizer.EMBEDDED_TOKENIZER if name == "embedded" else name
-  text = tokenizer.Tokenizer(path)
+  text = tokenizer.Tokenizer(tokenizer_path(config))
   check_tokenizer(text, config["model"])
   return text
 

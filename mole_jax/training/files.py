@@ -1,5 +1,6 @@
-"""JSON files that are whole or absent."""
+"""JSON files that are whole or absent; SHA-256 of a file."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -12,6 +13,12 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
   os.replace(temporary, path)
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Of what a file holds, as `sha256sum` prints it."""
+  with path.open("rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -21,6 +21,19 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 GREEDY = generate.GREEDY
 
 
+def make_generator(config, params, is_unrolled=None):
+  return generator_lib.Generator(
+    config,
+    params,
+    eos_id=EOS,
+    pad_id=PAD,
+    banned_ids=BANNED,
+    image_mean=MEAN,
+    image_std=STD,
+    is_unrolled=is_unrolled,
+  )
+
+
 @functools.cache
 def make(num_experts, moe_layers="none", is_unrolled=False):
   mole = dict(num_experts=num_experts, rank=2, alpha=4.0)
@@ -32,17 +45,7 @@ def make(num_experts, moe_layers="none", is_unrolled=False):
   params["decoder"]["embed_tokens"] *= 4
   for projection in params["decoder"]["layers"]["self_attn"].values():
     projection["kernel"] *= 3
-  generator = generator_lib.Generator(
-    config,
-    params,
-    eos_id=EOS,
-    pad_id=PAD,
-    banned_ids=BANNED,
-    image_mean=MEAN,
-    image_std=STD,
-    is_unrolled=is_unrolled,
-  )
-  return config, params, generator
+  return config, params, make_generator(config, params, is_unrolled)
 
 
 def make_prompts():
@@ -124,31 +127,17 @@ def test_large_layers_are_taken_apart_for_a_batch_where_they_fit(monkeypatch):
   size = sum(
     leaf.nbytes for leaf in jax.tree.leaves(params["decoder"]["layers"])
   )
-  asked = []
-  compiled = generator_lib._compiled
-
-  def answers(*args, **kwargs):
-    asked.append(kwargs["is_unrolled"])
-    return compiled(*args, **kwargs)
+  asked = tiny.spy_on_layers(monkeypatch)
 
   def ask(at_least, free):
     monkeypatch.setattr(generator_lib, "_CPU_BYTES", at_least)
     monkeypatch.setattr(generator_lib, "_free_memory", lambda: free)
-    generator = generator_lib.Generator(
-      config,
-      params,
-      eos_id=EOS,
-      pad_id=PAD,
-      banned_ids=BANNED,
-      image_mean=MEAN,
-      image_std=STD,
-    )
+    generator = make_generator(config, params)
     asked.clear()
     for prompts in (make_prompts(), make_prompts()[:1]):
       generator(prompts, max_new_tokens=2)
     return asked
 
-  monkeypatch.setattr(generator_lib, "_compiled", answers)
   assert ask(size, 2 * size + 1) == [True, False]
   assert ask(size + 1, 2 * size + 1) == [False, False]
   assert ask(size, 2 * size) == [False, False]

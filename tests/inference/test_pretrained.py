@@ -238,14 +238,7 @@ def test_generate_gives_one_text_a_prompt(model):
 
 
 def test_layers_taken_apart_say_the_same(model, monkeypatch):
-  asked = []
-  compiled = pretrained.generator_lib._compiled
-
-  def answers(*args, **kwargs):
-    asked.append(kwargs["is_unrolled"])
-    return compiled(*args, **kwargs)
-
-  monkeypatch.setattr(pretrained.generator_lib, "_compiled", answers)
+  asked = tiny.spy_on_layers(monkeypatch)
   apart = pretrained.Model(
     model.config,
     model.stage,

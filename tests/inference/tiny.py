@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from mole_jax.inference import pretrained
+from mole_jax.inference import generator, pretrained
 from mole_jax.training import state
 from tests.training import small_run
 
@@ -41,6 +41,19 @@ def make_moe_model(folder, num_experts=4, change=lambda params: params):
   params = make_params(state.model_config(config, "experts"))
   text = small_run.make_tokenizer(folder)
   return pretrained.Model(config, "experts", 6, change(params), text)
+
+
+def spy_on_layers(monkeypatch):
+  """A list that gets, for each batch answered, whether layers lay apart."""
+  asked = []
+  compiled = generator._compiled
+
+  def answers(*args, **kwargs):
+    asked.append(kwargs["is_unrolled"])
+    return compiled(*args, **kwargs)
+
+  monkeypatch.setattr(generator, "_compiled", answers)
+  return asked
 
 
 def make_pixels(number):
