@@ -103,10 +103,12 @@ def test_loss_and_gradients_are_those_of_pixels(text, tmp_path):
     assert cached["loss"] == pytest.approx(float(pixels["loss"]), rel=1e-6)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
-      scale = np.abs(expected[name]).max()
-      assert scale > 0, name
-      error = np.abs(grad - expected[name]).max()
-      assert error <= 1e-6 * scale, name
+      # Two programs sum in different orders. A step of one unit in the last
+      # place of each feature moves a gradient by 2e-7 of its norm; the largest
+      # of its entries' errors is a matter of the CPU's vector width, too.
+      norm = np.linalg.norm(expected[name])
+      assert norm > 0, name
+      assert np.linalg.norm(grad - expected[name]) <= 1e-6 * norm, name
   assert num_failed  # Black images were seen too.
 
 
