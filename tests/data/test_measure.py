@@ -345,6 +345,8 @@ def test_a_killed_worker_is_named(folder, make_encoder, monkeypatch):
   give = workers._Worker.give
 
   def give_and_kill(self, job):
+    if job.start == 6:  # Stopped first, so that it cannot answer before.
+      os.kill(self._process.pid, signal.SIGSTOP)
     give(self, job)
     if job.start == 6:
       self._process.kill()

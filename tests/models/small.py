@@ -39,9 +39,24 @@ PHI = dict(
 )
 
 
+def changed(**changes):
+  """`VALUES`, with changes to single fields of its blocks.
+
+  What a change does not name stays: a LoRA without its alpha would have 64, by
+  which scores of attention become hundreds, and a softmax of those loses two
+  digits of every gradient.
+  """
+  return VALUES | {
+    name: VALUES[name] | change
+    if name in VALUES and isinstance(change, dict)
+    else change
+    for name, change in changes.items()
+  }
+
+
 def make(seed=0, **changes):
-  """Configuration, model and parameters."""
-  config = llava.make_config(VALUES | changes)
+  """Configuration, model and parameters; `changes` as for `changed`."""
+  config = llava.make_config(changed(**changes))
   shapes = state.parameter_shapes(config)
   keys = jax.random.split(jax.random.key(seed), len(shapes))
   flat = {

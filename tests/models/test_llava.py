@@ -69,7 +69,7 @@ def test_two_images_in_a_row_keep_their_order():
 
 
 def test_wrong_keys_of_a_model_are_listed():
-  values = small.VALUES | {"decoder": {**small.VALUES["decoder"], "width": 3}}
+  values = small.changed(decoder={"width": 3})
   with pytest.raises(ValueError, match=r"config.model.decoder has no \['wid"):
     llava.make_config(values)
   with pytest.raises(ValueError, match="lacks the section 'vision'"):

@@ -202,7 +202,7 @@ def test_layers_with_experts(layers, expected):
 )
 def test_bad_settings_are_named(changes, match):
   with pytest.raises(ValueError, match=match):
-    llava.make_config(small.VALUES | {"moe": changes})
+    llava.make_config(small.changed(moe=changes))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ MODELS = [
 
 
 def make_model(moe_values, num_layers=5, **changes):
-  sizes = small.VALUES["decoder"] | {"num_layers": num_layers}
+  sizes = {"num_layers": num_layers}
   return small.make(decoder=sizes, moe=moe_values, **changes)
 
 
@@ -414,7 +414,7 @@ def test_upcycled_logits_are_those_of_the_dense_model(values, tmp_path):
 def test_a_base_with_other_ffns_is_refused_before_any_weight_is_read(tmp_path):
   without = dict(mole=dict(num_experts=0), lora=dict(rank=0))
   config, _, _ = make_model(dict(layers="sparse"), **without)
-  sizes = small.VALUES["decoder"] | dict(num_layers=5, intermediate_size=20)
+  sizes = dict(num_layers=5, intermediate_size=20)
   _, _, params = small.make(decoder=sizes, **without)
   base_lib.write_base(tmp_path, state.flatten(params))
   reader = base_lib.BaseReader(tmp_path)

@@ -32,17 +32,17 @@ def gradient_program(loss, mesh, config, params, batch):
   return function, (jax.device_put(flat, places), jax.device_put(batch, rows))
 
 
-def assert_same_gradients(grads, expected, share):
-  """Errors of all together are below a share of the whole gradient.
+def assert_same_gradients(grads, expected):
+  """Errors are those of sums in another order, of all together and of each.
 
-  Of a single parameter whose gradient is what cancels (k_proj, behind a
-  softmax) fewer digits are left, and of one whose gradient is zero on paper
-  (k_proj's bias) none.
+  Measured 2e-7 of the whole gradient and 4e-7 of a single one, with any vector
+  width of the CPU and compiled as tests or as users do. A gradient that is zero
+  on paper (of a bias of k_proj) has no digits of its own.
   """
   norm = lambda flat: np.sqrt(sum((x**2).sum() for x in flat.values()))
   errors = {name: grad - expected[name] for name, grad in grads.items()}
   total = norm(expected)
-  assert norm(errors) < share * total
+  assert norm(errors) < 1e-6 * total
   for name, error in errors.items():
     own = np.linalg.norm(expected[name])
-    assert np.linalg.norm(error) < 1e-5 * own + 1e-8 * total, name
+    assert np.linalg.norm(error) < 2e-6 * own + 1e-8 * total, name

@@ -30,7 +30,7 @@ def count(config, patterns, rows=2, tokens=10, images=1, **kwargs):
 
 @pytest.fixture(scope="module")
 def config():
-  return llava.make_config(small.VALUES | {"use_visual_tokens": False})
+  return llava.make_config(small.changed(use_visual_tokens=False))
 
 
 # The small model: decoder D=16, F=24, 2 layers, 2 heads of 8 and 1 key-value
@@ -106,8 +106,7 @@ def test_text_alone_costs_nothing_for_images(config):
 
 @pytest.mark.parametrize("form", [{}, small.PHI], ids=["Llama", "Phi"])
 def test_every_matrix_of_the_model_is_counted_once(form):
-  decoder = small.VALUES["decoder"] | form
-  config = llava.make_config(small.VALUES | {"decoder": decoder})
+  config = llava.make_config(small.changed(decoder=form))
   products = {
     product.name: product.macs
     for product in flops.decoder_products(config)

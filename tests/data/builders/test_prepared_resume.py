@@ -161,6 +161,8 @@ def test_a_killed_worker_is_named_and_nothing_finished_is_lost(
   give = workers._Worker.give
 
   def give_and_kill(self, job):
+    if job.shard == 4:  # Stopped first, so that it cannot answer before.
+      os.kill(self._process.pid, signal.SIGSTOP)
     give(self, job)
     if job.shard == 4:
       self._process.kill()
