@@ -2,22 +2,18 @@
 
 import io
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from mole_jax.inference import generator, pretrained
 from mole_jax.training import state
+from tests.models import small
 from tests.training import small_run
 
 
 def make_params(model_config):
-  """Random parameters, flat; drawn by NumPy, which compiles nothing."""
-  rng = np.random.default_rng(0)
-  return {
-    name: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)
-    for name, leaf in state.parameter_shapes(model_config).items()
-  }
+  """Random parameters, flat."""
+  return small.draw(state.parameter_shapes(model_config), 0)
 
 
 def make_model(folder, num_experts=3, template="vicuna"):

@@ -5,6 +5,7 @@ import numpy as np
 
 from mole_jax.training import base as base_lib
 from mole_jax.training import checkpoint, files, rundir, state, upcycle
+from tests.models import small
 from tests.training import small_run
 
 VISUAL_TOKENS = "visual_(start|end)"
@@ -95,11 +96,7 @@ def write_moe(folder, *, trained=None, **model):
 
 def _draw(shapes, seed=3):
   """Random parameters by path."""
-  keys = jax.random.split(jax.random.key(seed), len(shapes))
-  return {
-    path: 0.3 * jax.random.normal(key, leaf.shape)
-    for key, (path, leaf) in zip(keys, shapes.items(), strict=True)
-  }
+  return small.draw(shapes, seed)
 
 
 def _adapted_shapes(config):

@@ -17,6 +17,7 @@ from mole_jax.models import attention, llava, vision
 from mole_jax.training import base as base_lib
 from mole_jax.training import losses, state
 from tests.interop import greedy, torch_models
+from tests.models import small
 
 NUM_IMAGE_TOKENS = 9
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -316,16 +317,8 @@ def with_lora(config, flat, seed=1):
   }
   config = llava.make_config(values)
   shapes = state.parameter_shapes(config)
-  new = [name for name in shapes if "/lora_" in name]
-  keys = jax.random.split(jax.random.key(seed), len(new))
-  return (
-    values,
-    config,
-    {
-      name: 0.1 * jax.random.normal(key, shapes[name].shape)
-      for name, key in zip(new, keys, strict=True)
-    },
-  )
+  new = {name: leaf for name, leaf in shapes.items() if "/lora_" in name}
+  return values, config, small.draw(new, seed, scale=0.1)
 
 
 def torch_lora(model, added):

@@ -1,6 +1,10 @@
 """A whole model that compiles in a second, every parameter random."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from mole_jax.models import llava
 from mole_jax.training import state
@@ -54,13 +58,43 @@ def changed(**changes):
   }
 
 
+def draw(shapes, seed, scale=0.3):
+  """Normal numbers in the shapes of a tree; NumPy's, which compiles nothing."""
+  random = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(
+      scale * random.standard_normal(leaf.shape, np.float32)
+    ),
+    shapes,
+  )
+
+
 def make(seed=0, **changes):
   """Configuration, model and parameters; `changes` as for `changed`."""
   config = llava.make_config(changed(**changes))
-  shapes = state.parameter_shapes(config)
-  keys = jax.random.split(jax.random.key(seed), len(shapes))
-  flat = {
-    name: 0.3 * jax.random.normal(key, leaf.shape)
-    for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
-  }
+  flat = draw(state.parameter_shapes(config), seed)
   return config, llava.Llava(config), state.unflatten(flat)
+
+
+def apply(module, params, *args, **options):
+  """`module.apply`, compiled as a whole: op by op takes several times as long.
+
+  What is no array (None, a number, a name) is part of the program.
+  """
+  leaves, tree = jax.tree.flatten((args, options), lambda x: x is None)
+  is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+  pairs = list(zip(leaves, is_array, strict=True))
+  still = tuple(_ARRAY if array else leaf for leaf, array in pairs)
+  arrays = [leaf for leaf, array in pairs if array]
+  return _apply(module, tree, still, params, arrays)
+
+
+_ARRAY = object()  # Stands where an array goes.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _apply(module, tree, still, params, arrays):
+  arrays = iter(arrays)
+  leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in still]
+  args, options = tree.unflatten(leaves)
+  return module.apply({"params": params}, *args, **options)

@@ -35,13 +35,7 @@ def make(config=CONFIG, lora=LORA, experts=MOLE, remat="none"):
   shapes = jax.eval_shape(
     lambda: module.init(jax.random.key(1), *inputs(x))["params"]
   )
-  leaves, tree = jax.tree.flatten(shapes)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  leaves = [
-    0.3 * jax.random.normal(key, leaf.shape)
-    for key, leaf in zip(keys, leaves, strict=True)
-  ]
-  return module, jax.tree.unflatten(tree, leaves), x
+  return module, small.draw(shapes, 2), x
 
 
 def inputs(x, segment_ids=None, positions=None):
@@ -52,10 +46,6 @@ def inputs(x, segment_ids=None, positions=None):
     positions = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
   mask = attention.causal_segment_mask(segment_ids)
   return x, positions, mask, segment_ids[..., None] == jnp.ones((1, 1, 1), int)
-
-
-def run(module, params, *args, **kwargs):
-  return module.apply({"params": params}, *args, **kwargs)
 
 
 def numpy_decoder(params, x, config):
@@ -109,7 +99,7 @@ def test_decoder_without_adapters_is_llama():
   module, params, x = make(
     lora=decoder.LoraConfig(rank=0), experts=mole.MoleConfig(num_experts=0)
   )
-  hidden, routing, cache, _ = run(module, params, *inputs(x))
+  hidden, routing, cache, _ = small.apply(module, params, *inputs(x))
   assert routing is None and cache is None
   expected = numpy_decoder(params, x, CONFIG)
   np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-5)
@@ -119,9 +109,9 @@ def test_packed_segments_do_not_see_each_other():
   module, params, x = make()
   segment_ids = jnp.asarray([[1] * 4 + [2] * 5 + [0] * 2, [1] * TOKENS])
   positions = jnp.asarray([[*range(4), *range(5), 0, 0], list(range(TOKENS))])
-  packed = run(module, params, *inputs(x, segment_ids, positions))[0]
+  packed = small.apply(module, params, *inputs(x, segment_ids, positions))[0]
   for start, end in ((0, 4), (4, 9)):
-    alone = run(module, params, *inputs(x[:1, start:end]))[0]
+    alone = small.apply(module, params, *inputs(x[:1, start:end]))[0]
     np.testing.assert_allclose(
       packed[:1, start:end], alone, rtol=1e-5, atol=1e-5
     )
@@ -130,14 +120,14 @@ def test_packed_segments_do_not_see_each_other():
 @pytest.mark.parametrize("config", [CONFIG, PHI], ids=["Llama", "Phi"])
 def test_cached_decoding_equals_the_whole_sequence(config):
   module, params, x = make(config)
-  expected = run(module, params, *inputs(x))[0]
+  expected = small.apply(module, params, *inputs(x))[0]
   cache = decoder.empty_cache(config, 2, TOKENS)
   parts = []
   for start, end in ((0, 6), (6, 7), (7, 11)):
     slots = jnp.arange(TOKENS)
     positions = jnp.broadcast_to(jnp.arange(start, end), (2, end - start))
     mask = slots[None, None] <= positions[:, :, None]
-    hidden, _, cache, _ = run(
+    hidden, _, cache, _ = small.apply(
       module,
       params,
       x[:, start:end],
@@ -156,7 +146,7 @@ def test_cached_decoding_equals_the_whole_sequence(config):
 def test_rematerialisation_changes_memory_not_gradients(remat):
   def gradient_and_memory(name):
     module, params, x = make(remat=name)
-    loss = lambda p: jnp.square(run(module, p, *inputs(x))[0]).sum()
+    loss = lambda p: jnp.square(small.apply(module, p, *inputs(x))[0]).sum()
     compiled = jax.jit(jax.grad(loss)).lower(params).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     return compiled(params), memory
@@ -183,8 +173,8 @@ def test_shared_router_is_one_for_all_layers():
   copy["layers"]["mlp"]["router"] = jax.tree.map(
     lambda v: jnp.stack([v, v]), router
   )
-  found, routing, _, _ = run(module, params, *inputs(x))
-  expected, expected_routing, _, _ = run(other, copy, *inputs(x))
+  found, routing, _, _ = small.apply(module, params, *inputs(x))
+  expected, expected_routing, _, _ = small.apply(other, copy, *inputs(x))
   np.testing.assert_array_equal(found, expected)
   np.testing.assert_array_equal(routing.chosen, expected_routing.chosen)
 
@@ -192,7 +182,7 @@ def test_shared_router_is_one_for_all_layers():
 def test_routing_is_stacked_over_layers_and_leaves_padding_out():
   module, params, x = make()
   segment_ids = jnp.asarray([[1] * 4 + [0] * 7, [1] * TOKENS])
-  _, routing, *_ = run(module, params, *inputs(x, segment_ids))
+  _, routing, *_ = small.apply(module, params, *inputs(x, segment_ids))
   assert routing.chosen.shape == (2, 2, TOKENS, 1)
   np.testing.assert_allclose(
     routing.sums.load.sum(-1)[..., 0], [[4, 11], [4, 11]]
@@ -203,7 +193,7 @@ def test_tied_head_is_the_embedding():
   config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
   module, params, x = make(config)
   assert "lm_head" not in params
-  logits = run(module, params, x, method="unembed")
+  logits = small.apply(module, params, x, method="unembed")
   expected = x @ params["embed_tokens"].T
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -216,7 +206,7 @@ def test_phi_has_its_own_parameters_and_a_bias_on_its_logits():
   assert set(params["norm"]) == {"scale", "bias"}
   for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
     assert layers["self_attn"][name]["bias"].shape[0] == PHI.num_layers
-  logits = run(module, params, x, method="unembed")
+  logits = small.apply(module, params, x, method="unembed")
   expected = x @ params["lm_head"] + params["lm_head_bias"][None, None]
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -273,10 +263,10 @@ def test_a_wrong_setting_is_named(changes, message):
 def test_dropout_only_acts_in_training():
   lora = dataclasses.replace(LORA, dropout=0.5)
   module, params, x = make(lora=lora)
-  once, *_ = run(module, params, *inputs(x))
-  plain, *_ = run(make()[0], params, *inputs(x))
+  once, *_ = small.apply(module, params, *inputs(x))
+  plain, *_ = small.apply(make()[0], params, *inputs(x))
   np.testing.assert_array_equal(once, plain)
-  train = lambda seed: run(
+  train = lambda seed: small.apply(
     module,
     params,
     *inputs(x),

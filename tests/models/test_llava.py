@@ -16,7 +16,7 @@ def run(model, params, ids, pixels, segment_ids=None):
   if segment_ids is None:
     segment_ids = jnp.ones_like(ids)
   positions = jnp.broadcast_to(jnp.arange(tokens), ids.shape)
-  return model.apply({"params": params}, ids, pixels, positions, segment_ids, 2)
+  return small.apply(model, params, ids, pixels, positions, segment_ids, 2)
 
 
 def test_features_go_to_the_image_positions_in_order():

@@ -245,7 +245,7 @@ def make_batch():
 def layer_by_layer(config, params, ids, positions, segments):
   """The decoder of kinds without `pattern` and `scan`."""
   model = llava.Llava(config)
-  x = model.apply({"params": params}, ids, None, method="embed")
+  x = small.apply(model, params, ids, None, method="embed")
   c = config.decoder
   angles = decoder.attention.rotary_angles(positions, c.head_dim, c.rope_theta)
   mask = decoder.attention.causal_segment_mask(segments)
@@ -263,7 +263,7 @@ def layer_by_layer(config, params, ids, positions, segments):
     layer = decoder.DecoderLayer(
       c, config.lora, config.mole, False, False, config.moe, kind
     )
-    x, (routing, _, _) = layer.apply({"params": own}, x, None, shared)
+    x, (routing, _, _) = small.apply(layer, own, x, None, shared)
     if routing is not None:
       chosen.append(np.asarray(routing.chosen))
   return x, chosen
@@ -275,12 +275,9 @@ def test_scanned_kinds_are_layers_one_after_the_other(values):
     values, mole=dict(num_experts=0), lora=dict(rank=2, dropout=0.0)
   )
   ids, positions, segments = make_batch()
-  run = jax.jit(
-    lambda params: model.apply(
-      {"params": params}, ids, None, positions, segments, 1, keep_inputs=True
-    )
+  output = small.apply(
+    model, params, ids, None, positions, segments, 1, keep_inputs=True
   )
-  output = run(params)
   x, chosen = layer_by_layer(config, params, ids, positions, segments)
   norm = config.decoder.make_norm("norm")
   x = norm.apply({"params": params["decoder"]["norm"]}, x)
@@ -294,7 +291,7 @@ def test_a_mixture_of_both_kinds_of_experts():
   """LoRA experts in plain layers, LoRA on every full expert."""
   config, model, params = make_model(dict(layers="sparse", num_experts=4))
   ids, positions, segments = make_batch()
-  output = model.apply({"params": params}, ids, None, positions, segments, 1)
+  output = small.apply(model, params, ids, None, positions, segments, 1)
   routed = decoder.experts_of_routed_layers(
     config.decoder, config.mole, config.moe
   )
@@ -316,17 +313,18 @@ def test_a_cache_gives_what_the_whole_row_gives():
     dict(layers="0,1,4", num_experts=(2, 4, 2)), mole=dict(num_experts=0)
   )
   ids, positions, _ = make_batch()
-  whole = model.apply(
-    {"params": params}, ids, None, positions, jnp.ones_like(ids), 1
+  whole = small.apply(
+    model, params, ids, None, positions, jnp.ones_like(ids), 1
   )
   cache = decoder.empty_cache(config.decoder, 2, 12)
-  x = model.apply({"params": params}, ids, None, method="embed")
+  x = small.apply(model, params, ids, None, method="embed")
   hidden = []
   for start, stop in ((0, 7), (7, 8), (8, 12)):
     slots = jnp.arange(12)[None, None]
     mask = slots <= positions[:, start:stop, None]
-    output = model.apply(
-      {"params": params},
+    output = small.apply(
+      model,
+      params,
       x[:, start:stop],
       positions[:, start:stop],
       mask,
@@ -353,8 +351,8 @@ def test_padding_takes_no_place_and_is_not_counted(values, is_training):
     config, model, params = make_model(
       values | changes, mole=dict(num_experts=0), lora=dict(rank=0)
     )
-    output = model.apply(
-      {"params": params}, ids, None, positions, segments, 1, is_training
+    output = small.apply(
+      model, params, ids, None, positions, segments, 1, is_training
     )
     return np.asarray(output.hidden[:, :10]), output.routing.sums
 
@@ -397,10 +395,10 @@ def test_upcycled_logits_are_those_of_the_dense_model(values, tmp_path):
   ids, positions, segments = make_batch()
   args = ids, None, positions, segments, 1
   for is_training in (False, True):
-    ours = model.apply(
-      {"params": state.unflatten(flat | routers)}, *args, is_training
+    ours = small.apply(
+      model, state.unflatten(flat | routers), *args, is_training
     )
-    expected = dense.apply({"params": params}, *args, is_training)
+    expected = small.apply(dense, params, *args, is_training)
     # Padding is not routed: its FFN adds nothing, and no token looks there.
     np.testing.assert_allclose(
       ours.hidden[:, :10], expected.hidden[:, :10], rtol=1e-5, atol=1e-5

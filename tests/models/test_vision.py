@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mole_jax.models import vision
+from tests.models import small
 
 CONFIG = vision.VisionConfig(
   image_size=12,
@@ -25,13 +26,7 @@ def make(config=CONFIG):
   shapes = jax.eval_shape(
     lambda: tower.init(jax.random.key(1), images)["params"]
   )
-  leaves, tree = jax.tree.flatten(shapes)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  leaves = [
-    0.4 * jax.random.normal(key, leaf.shape)
-    for key, leaf in zip(keys, leaves, strict=True)
-  ]
-  return tower, jax.tree.unflatten(tree, leaves), images
+  return tower, small.draw(shapes, 2, scale=0.4), images
 
 
 def numpy_tower(params, images, config, num_layers):

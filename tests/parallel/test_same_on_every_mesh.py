@@ -24,7 +24,9 @@ MESHES = {
 
 
 def make_config(mesh, dispatch):
-  config = small_run.make_config(num_steps=NUM_STEPS, batch_size=8, log_every=1)
+  config = small_run.make_config(
+    num_steps=NUM_STEPS, batch_size=8, log_every=1, checkpoint_every=NUM_STEPS
+  )
   config["mesh"] = dict(zip(small_run.AXES, mesh, strict=True))
   config["model"]["decoder"]["num_kv_heads"] = 2
   config["model"]["mole"].update(num_experts=4, dispatch=dispatch, block_rows=8)

@@ -155,12 +155,7 @@ def break_images(records, bad):
 
 def make_base(config):
   """A random base, as flat parameters."""
-  shapes = base_lib.base_shapes(config)
-  keys = jax.random.split(jax.random.key(7), len(shapes))
-  return {
-    name: 0.2 * jax.random.normal(key, leaf.shape)
-    for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
-  }
+  return small.draw(base_lib.base_shapes(config), 7, scale=0.2)
 
 
 def make_stage(config, name, num_devices=1):
