@@ -144,13 +144,14 @@ def _step(args: argparse.Namespace) -> dict[str, Any]:
   if first_steps:
     found["first_step_seconds"] = first_steps
     terminal.print_first_steps(first_steps, _CONSOLE)
+  # In the order of the loop, for the same peaks.
+  weights = synthetic.parameters(stage)
+  jax.block_until_ready(weights)
+  found["memory_of_weights"] = machine.peak_memory(jax.local_devices())
   compiled = steps.compile_step(stage, kinds)
   found["compile_seconds"] = compiled.seconds
   found["predicted_memory"] = compiled.memory
   terminal.print_compiled(found, _CONSOLE)
-  weights = synthetic.parameters(stage)
-  jax.block_until_ready(weights)
-  found["memory_of_weights"] = machine.peak_memory(jax.local_devices())
   run = steps.Run(stage, compiled.step, batches, weights)
   del weights  # The step donates what it trains.
   run.steps(steps.NUM_WARMUP)

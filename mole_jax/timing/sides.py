@@ -36,8 +36,8 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
   """Our side of `compare`: steps, as many as it is asked for."""
   stage = make_stage(args)
   batches = steps.synthetic_batches(stage)
-  compiled = steps.compile_step(stage)
   weights = synthetic.parameters(stage)
+  compiled = steps.compile_step(stage)
   run = steps.Run(stage, compiled.step, batches, weights)
   del weights
   run.steps(steps.NUM_WARMUP)

@@ -17,7 +17,14 @@ import numpy as np
 from mole_jax.data import pipeline
 from mole_jax.parallel import processes
 from mole_jax.training import base as base_lib
-from mole_jax.training import checkpoint, feed, metrics, state, step
+from mole_jax.training import (
+  checkpoint,
+  feed,
+  host_memory,
+  metrics,
+  state,
+  step,
+)
 from mole_jax.training import stage as stage_lib
 
 
@@ -137,9 +144,13 @@ def run_stage(
         window.add_wait(time.perf_counter() - asked)
         is_asked = stop.signal_number is not None  # It may come any time.
         batch = to_devices(host_batch, stage.shardings["batch"], is_asked)
-        trainable, opt_state, values = stage.train_step(
-          trainable, frozen, opt_state, batch, np.int32(number - 1)
-        )
+        args = trainable, frozen, opt_state, batch, np.int32(number - 1)
+        if number == start + 1:
+          # Ahead of the call, which takes what is compiled: before the step's
+          # own memory is asked for, that of its compilation can go.
+          stage.train_step.lower(*args).compile()
+          host_memory.give_back()
+        trainable, opt_state, values = stage.train_step(*args)
         # Several processes stop at a step that all of them know of; one alone
         # need not wait for the step that tells it.
         if pending is not None:

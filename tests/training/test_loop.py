@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from mole_jax.data import images, templates
-from mole_jax.training import checkpoint, feed, loop, metrics, state
+from mole_jax.training import (
+  checkpoint,
+  feed,
+  host_memory,
+  loop,
+  metrics,
+  state,
+)
 from tests.training import small_run
 
 
@@ -95,6 +102,32 @@ def test_training_learns(text, tmp_path):
   config["stages"]["base"]["optim"]["lr"] = 1e-2
   _, rows = small_run.train(config, "base", tmp_path, text)
   assert rows[60]["loss"] < 0.5 * rows[2]["loss"]
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_step_compiles_once_and_its_heap_is_gone_before_it_runs(
+  num_devices, text, tmp_path, monkeypatch
+):
+  config = small_run.make_config(num_steps=2)
+  config["mesh"]["data"] = num_devices
+  happened = []
+  monkeypatch.setattr(
+    host_memory, "give_back", lambda: happened.append("give back")
+  )
+
+  def listen(event, duration, *, fun_name="", **kwargs):
+    if event.endswith("backend_compile_duration") and "train_step" in fun_name:
+      happened.append("compile")
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    small_run.train(
+      config, "mole", tmp_path, text, small_run.make_base(config),
+      num_devices=num_devices, on_step=happened.append,
+    )  # fmt: skip
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert happened == ["compile", "give back", 1, 2]
 
 
 def test_a_non_finite_loss_names_the_step_and_spares_the_checkpoint(
