@@ -16,6 +16,7 @@ from mole_jax.data.builders.prepared.build import build
 from mole_jax.data.encoding import Encoder
 from mole_jax.data.templates import VICUNA, RoleTemplate
 from mole_jax.data.tokenizer import Tokenizer
+from tests.data import killed_worker
 from tests.data.builders import prepared_input
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -342,16 +343,7 @@ def test_a_damaged_text_file_is_named_by_whoever_reads_it(
 
 
 def test_a_killed_worker_is_named(folder, make_encoder, monkeypatch):
-  give = workers._Worker.give
-
-  def give_and_kill(self, job):
-    if job.start == 6:  # Stopped first, so that it cannot answer before.
-      os.kill(self._process.pid, signal.SIGSTOP)
-    give(self, job)
-    if job.start == 6:
-      self._process.kill()
-
-  monkeypatch.setattr(workers._Worker, "give", give_and_kill)
+  killed_worker.kill_at(monkeypatch, lambda job: job.start == 6)
   monkeypatch.setattr(measure, "_PER_JOB", 3)
   with pytest.raises(workers.WorkerError) as error:
     load(folder, make_encoder(), num_workers=2)

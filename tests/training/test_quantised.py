@@ -107,8 +107,7 @@ def make_loss(model, batch):
 @pytest.mark.parametrize("form", [{}, small.PHI], ids=["llama", "phi"])
 def test_logits_move_as_weights_that_move_by_a_step_do(form):
   """Rounding is noise, evenly spread over a step: draw such noise instead."""
-  values = {"decoder": form}
-  _, model, params = small.make(**values)
+  _, model, params = small.make(decoder=form)
   flat = state.flatten(params)
   # No mixture: a token whose router is undecided jumps to another expert.
   flat = {n: leaf * (not n.endswith("lora_b")) for n, leaf in flat.items()}
@@ -135,8 +134,7 @@ def test_logits_move_as_weights_that_move_by_a_step_do(form):
 
 @pytest.mark.parametrize("form", [{}, small.PHI], ids=["llama", "phi"])
 def test_gradients_are_those_of_the_dequantised_model(form):
-  values = {"decoder": form}
-  _, model, params = small.make(**values)
+  _, model, params = small.make(decoder=form)
   held = quantise(state.flatten(params))
   whole = dequantise(held)
   trained = [n for n in whole if "lora_" in n or "router/" in n]

@@ -16,6 +16,7 @@ from mole_jax.data import workers
 from mole_jax.data.builders.prepared import build as build_lib
 from mole_jax.data.builders.prepared import shards, spool
 from mole_jax.data.builders.prepared.build import build
+from tests.data import killed_worker
 from tests.data.builders.prepared_input import (
   contents,
   encode,
@@ -158,17 +159,8 @@ def test_a_killed_worker_is_named_and_nothing_finished_is_lost(
   tmp_path, large, monkeypatch
 ):
   file, pictures, whole = large
-  give = workers._Worker.give
-
-  def give_and_kill(self, job):
-    if job.shard == 4:  # Stopped first, so that it cannot answer before.
-      os.kill(self._process.pid, signal.SIGSTOP)
-    give(self, job)
-    if job.shard == 4:
-      self._process.kill()
-
   with monkeypatch.context() as patch:
-    patch.setattr(workers._Worker, "give", give_and_kill)
+    killed_worker.kill_at(patch, lambda job: job.shard == 4)
     with pytest.raises(workers.WorkerError) as caught:
       build(
         file, pictures, name="toy", out=tmp_path, num_shards=SHARDS,
